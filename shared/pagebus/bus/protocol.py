@@ -1,0 +1,109 @@
+"""What the services ask of a bus. `NatsBus` and `MemoryBus` provide it; services know only this."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import NamedTuple, Protocol
+
+
+class Msg(NamedTuple):
+    """One message as received. `headers` is empty where the sender gave none."""
+
+    subject: str
+    data: bytes
+    reply: str = ""
+    headers: Mapping[str, str] = {}
+
+
+Handler = Callable[[Msg], None]
+"""Called on the event loop for every message of a subscription, in order. It must return at once
+(enqueue or change state; never block). What it raises is counted and logged, and goes no further."""
+
+
+class BusError(Exception):
+    """Base of what a bus raises."""
+
+
+class NotConnectedError(BusError):
+    """The bus is not connected now; nothing was sent and nothing is buffered. Try again later."""
+
+
+class NoRespondersError(BusError):
+    """Nobody listens on the subject of a request."""
+
+
+class RequestTimeoutError(BusError):
+    """A request was not answered in time."""
+
+
+class PayloadTooLargeError(BusError):
+    """Payload and headers exceed the server's `max_payload`; nothing was sent."""
+
+    def __init__(self, size: int, max_payload: int) -> None:
+        super().__init__(f"a message of {size} bytes exceeds the bus's max_payload of {max_payload} bytes")
+        self.size = size
+        self.max_payload = max_payload
+
+
+class WrongRevisionError(BusError):
+    """A compare-and-set found another revision (or, for `create`, an existing value)."""
+
+
+class Entry(NamedTuple):
+    """A key's value and the revision that a compare-and-set names."""
+
+    value: bytes
+    revision: int
+
+
+class Subscription(Protocol):
+    """A live subscription."""
+
+    async def unsubscribe(self) -> None:
+        """Stop it; messages already received may still be handled."""
+
+
+class KeyValue(Protocol):
+    """A key-value bucket with compare-and-set. Every call raises `BusError` when it cannot be answered."""
+
+    async def get(self, key: str) -> Entry | None:
+        """The newest value, or None."""
+
+    async def create(self, key: str, value: bytes) -> int:
+        """Write a key that does not exist; its revision. Raises `WrongRevisionError` if it exists."""
+
+    async def update(self, key: str, value: bytes, revision: int) -> int:
+        """Replace the value of exactly `revision`; the new revision. Raises `WrongRevisionError`."""
+
+    async def put(self, key: str, value: bytes) -> int:
+        """Write without comparing; the new revision."""
+
+
+class Bus(Protocol):
+    """Publish and subscribe with at-most-once delivery, and key-value buckets."""
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether a publish would be sent now."""
+
+    @property
+    def max_payload(self) -> int:
+        """Largest payload including headers, in bytes."""
+
+    async def publish(
+        self, subject: str, data: bytes, *, reply: str = "", headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Send once. Raises `NotConnectedError` or `PayloadTooLargeError`; never buffers while disconnected."""
+
+    async def request(self, subject: str, data: bytes, *, timeout_s: float) -> Msg:
+        """Send and wait for one answer. Raises `NoRespondersError`, `RequestTimeoutError`, `NotConnectedError`."""
+
+    async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> Subscription:
+        """Deliver every message on `subject` (`*` and `>` allowed) to `handler`; one of a `queue` group gets it."""
+
+    async def key_value(self, bucket: str) -> KeyValue:
+        """The bucket, made if absent."""
+
+    def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
+        """Run `callback` after every reconnect: messages may have been lost."""
+
+    async def close(self) -> None:
+        """Send what is pending and close."""

@@ -1,0 +1,47 @@
+"""What goes into a requester (`RequestSpec`) and what comes out (`NewTokens`, `RequestFailed`)."""
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from pagebus.bus.messages import FinishReason, Sampling
+
+
+class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One request. `sampling.seed` must be fixed by the caller (choose a random one if the client gave none)."""
+
+    request_id: str  # unique; [A-Za-z0-9_-]{1,64}
+    prompt: Sequence[int]  # token ids
+    num_choices: int = 1
+    sampling: Sampling = Sampling()
+    stop_token_ids: Sequence[int] = ()  # end-of-sequence ids among them, unless ignored
+    max_tokens: int
+    min_tokens: int = 0
+    priority: int = 0
+    tenant: str = ""
+    cache_salt: str = ""
+    timeout_s: float = 600.0  # the request's deadline
+    headers: Mapping[str, str] = {}  # W3C trace context, sent with every Generate
+
+
+class NewTokens(msgspec.Struct, frozen=True):
+    """New ids of a choice: each id exactly once and in order; `index` is the first one's.
+
+    A finish reason ends the choice (`ids` may then be empty)."""
+
+    choice: int
+    index: int
+    ids: Sequence[int]
+    finish_reason: FinishReason | None = None
+
+
+class RequestFailed(msgspec.Struct, frozen=True):
+    """The request ended without all its choices: no further event follows."""
+
+    code: str
+    message: str
+    is_client_fault: bool = False
+    retry_after_s: float | None = None
+
+
+Event = NewTokens | RequestFailed

@@ -1,0 +1,1 @@
+"""Settings: one frozen struct a service, filled from flags, environment and a TOML file."""

@@ -1,0 +1,103 @@
+"""The settings of every service, one frozen dataclass each (msgspec checks them). Flags, environment twins and TOML keys follow the
+field names: `max_model_len` is `--max-model-len`, `PAGEBUS_MAX_MODEL_LEN` and the key `max_model_len`.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+LoadFormat = Literal["auto", "safetensors", "dummy"]
+BUNDLED_MODEL_NAME = "pagebus-mini"
+"""Name of the bundled model, served where no model is named."""
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+Text = Annotated[str, Meta(max_length=4096)]
+Count = Annotated[int, Meta(ge=1, le=1 << 31)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonSettings:
+    """What every service needs to know."""
+
+    model: Annotated[Text, Meta(description="Hugging Face directory or hub id; empty: the bundled model")] = ""
+    served_model_name: Annotated[
+        tuple[Text, ...], Meta(description="name(s) clients use; the first is shown (default: MODEL as given)")
+    ] = ()
+    revision: Annotated[Text, Meta(description="hub revision (branch, tag or commit)")] = ""
+    max_model_len: Annotated[
+        Annotated[int, Meta(ge=0, le=1 << 31)], Meta(description="context in tokens; 0: what model and KV pool allow")
+    ] = 0
+    otlp_traces_endpoint: Annotated[
+        Text, Meta(description="OTLP/HTTP endpoint for traces; OTEL_EXPORTER_OTLP_ENDPOINT works too")
+    ] = ""
+    log_level: Annotated[LogLevel, Meta(description="least level that is logged")] = "info"
+    name: Annotated[Text, Meta(description="instance name on the bus (default: made from role, host and time)")] = ""
+
+    @property
+    def model_name(self) -> str:
+        """The name that clients see and that the bus's subjects are made from."""
+        if self.served_model_name:
+            return self.served_model_name[0]
+        return self.model or BUNDLED_MODEL_NAME
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewaySettings(CommonSettings):
+    """HTTP and text."""
+
+    host: Annotated[Text, Meta(description="address to listen on; 0.0.0.0 for all")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on")] = 8000
+    api_key: Annotated[tuple[Text, ...], Meta(description="key(s) that clients must send as Bearer token")] = ()
+    chat_template: Annotated[Text, Meta(description="file with a Jinja chat template, instead of the model's")] = ""
+    max_body_bytes: Annotated[Count, Meta(description="largest request body, bytes")] = 8 << 20
+    request_timeout_s: Annotated[float, Meta(gt=0, description="a request's deadline, seconds")] = 600.0
+    keep_alive_interval_s: Annotated[
+        float, Meta(gt=0, description="seconds of pause after which a stream gets a comment")
+    ] = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerSettings(CommonSettings):
+    """Continuous batches and KV blocks."""
+
+    max_num_seqs: Annotated[Count, Meta(description="most rows running at once on an executor")] = 256
+    max_num_batched_tokens: Annotated[Count, Meta(description="token budget of a step")] = 2048
+    horizon: Annotated[
+        Annotated[int, Meta(ge=1, le=64)], Meta(description="steps a plan lays out ahead (1: lock-step)")
+    ] = 8
+    max_num_queued_reqs: Annotated[Count, Meta(description="most requests waiting before 429")] = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutorSettings(CommonSettings):
+    """Tensors."""
+
+    dtype: Annotated[Dtype, Meta(description="data type of weights and activations")] = "auto"
+    device: Annotated[Device, Meta(description="where to run; auto: CUDA when there is one")] = "auto"
+    load_format: Annotated[LoadFormat, Meta(description="dummy: random weights, for speed tests")] = "auto"
+    block_size: Annotated[Literal[16], Meta(description="tokens a KV block")] = 16
+    gpu_memory_utilization: Annotated[
+        float, Meta(gt=0, le=1, description="share of the GPU's memory for weights, activations and KV")
+    ] = 0.9
+    kv_cache_memory: Annotated[Text, Meta(description="KV memory on the CPU: 512MiB, 4GiB, ...; auto: by free memory")] = (
+        "auto"
+    )
+    max_num_seqs: Annotated[Count, Meta(description="most rows running at once on an executor")] = 256
+    num_threads: Annotated[
+        Annotated[int, Meta(ge=0, le=1024)], Meta(description="CPU threads for tensors; 0: all physical cores")
+    ] = 0
+    seed: Annotated[int, Meta(description="seed of dummy weights")] = 0
+    fake: Annotated[bool, Meta(description="a deterministic fake model instead of tensors, for tests and load")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(GatewaySettings, SchedulerSettings, ExecutorSettings):
+    """Everything on one machine."""
+
+    executors: Annotated[Count, Meta(description="executor processes")] = 1
+    gateways: Annotated[Count, Meta(description="gateway processes behind one port")] = 1
+    schedulers: Annotated[Count, Meta(description="scheduler processes; one leads, others stand by")] = 1

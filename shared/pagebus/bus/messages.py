@@ -339,3 +339,63 @@ def pack_handles(handles: Iterable[int]) -> bytes:
 def unpack_handles(data: bytes) -> "array[int]":
     """The inverse of `pack_handles`; raises `DecodeError` for a broken length."""
     return _unpack("I", data)
+
+
+class ApiEvent(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
+    """Base of the public JSON events that a gateway publishes on `subjects.stream(id)`."""
+
+    id: str
+
+
+class ApiTokens(ApiEvent, frozen=True, kw_only=True, tag="tokens"):
+    """New text of a choice. `index` is the first token's index among the choice's generated tokens.
+
+    Text may lag behind the tokens (a character or a stop string that is not complete yet)."""
+
+    choice: int
+    index: int
+    token_ids: list[int]
+    text: str
+    finish_reason: FinishReason | None = None
+
+
+class ApiUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """Token counts of a whole request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ApiDone(ApiEvent, frozen=True, kw_only=True, tag="done"):
+    """Every choice ended; nothing follows."""
+
+    usage: ApiUsage
+
+
+class ApiErrorBody(msgspec.Struct, frozen=True, kw_only=True):
+    """An error in OpenAI's shape."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ApiError(ApiEvent, frozen=True, kw_only=True, tag="error"):
+    """The request ended with an error; nothing follows."""
+
+    error: ApiErrorBody
+
+
+class ApiAlive(ApiEvent, frozen=True, kw_only=True, tag="alive"):
+    """A sign of life while nothing else is sent, every 5 s; also the answer to an accepted request."""
+
+
+class ApiCancel(msgspec.Struct, frozen=True, kw_only=True):
+    """NATS client -> gateways, JSON on `subjects.api_cancel(model)`: stop this request."""
+
+    id: str
+
+
+AnyApiEvent = ApiTokens | ApiDone | ApiError | ApiAlive

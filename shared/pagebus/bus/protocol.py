@@ -91,13 +91,16 @@ class Bus(Protocol):
     async def publish(
         self, subject: str, data: bytes, *, reply: str = "", headers: Mapping[str, str] | None = None
     ) -> None:
-        """Send once. Raises `NotConnectedError` or `PayloadTooLargeError`; never buffers while disconnected."""
+        """Send once; never buffers while disconnected. Raises `NotConnectedError`, `PayloadTooLargeError`."""
 
     async def request(self, subject: str, data: bytes, *, timeout_s: float) -> Msg:
-        """Send and wait for one answer. Raises `NoRespondersError`, `RequestTimeoutError`, `NotConnectedError`."""
+        """Send and wait for one answer.
+
+        Raises `NoRespondersError`, `RequestTimeoutError`, `NotConnectedError`.
+        """
 
     async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> Subscription:
-        """Deliver every message on `subject` (`*` and `>` allowed) to `handler`; one of a `queue` group gets it."""
+        """Deliver messages on `subject` (may hold `*`, `>`) to `handler`; each to one of a `queue` group."""
 
     async def key_value(self, bucket: str) -> KeyValue:
         """The bucket, made if absent."""

@@ -44,7 +44,7 @@ def is_part(text: str) -> bool:
 
 
 def model_part(model: str) -> str:
-    """A model's part: a slug of its name and 8 hex digits of the name's sha256, so that names never collide."""
+    """A model's part: a slug of its name and 8 hex digits of its sha256, so that names never collide."""
     slug = _NOT_SLUG.sub("-", model).strip("-")[:48] or "model"
     return f"{slug}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
 

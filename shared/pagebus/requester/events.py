@@ -8,7 +8,7 @@ from pagebus.bus.messages import FinishReason, Sampling
 
 
 class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One request. `sampling.seed` must be fixed by the caller (choose a random one if the client gave none)."""
+    """One request. `sampling.seed` must be fixed by the caller (a random one if the client gave none)."""
 
     request_id: str  # unique; [A-Za-z0-9_-]{1,64}
     prompt: Sequence[int]  # token ids

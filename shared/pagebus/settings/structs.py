@@ -1,5 +1,7 @@
-"""The settings of every service, one frozen dataclass each (msgspec checks them). Flags, environment twins and TOML keys follow the
-field names: `max_model_len` is `--max-model-len`, `PAGEBUS_MAX_MODEL_LEN` and the key `max_model_len`.
+"""The settings of every service, one frozen dataclass each (msgspec checks them).
+
+Flags, environment twins and TOML keys follow the field names: `max_model_len` is `--max-model-len`,
+`PAGEBUS_MAX_MODEL_LEN` and the key `max_model_len`.
 """
 
 from dataclasses import dataclass
@@ -23,19 +25,20 @@ Count = Annotated[int, Meta(ge=1, le=1 << 31)]
 class CommonSettings:
     """What every service needs to know."""
 
-    model: Annotated[Text, Meta(description="Hugging Face directory or hub id; empty: the bundled model")] = ""
+    model: Annotated[Text, Meta(description="Hugging Face directory or hub id; none: the bundled model")] = ""
     served_model_name: Annotated[
-        tuple[Text, ...], Meta(description="name(s) clients use; the first is shown (default: MODEL as given)")
+        tuple[Text, ...], Meta(description="name(s) that clients use (default: MODEL as given)")
     ] = ()
     revision: Annotated[Text, Meta(description="hub revision (branch, tag or commit)")] = ""
     max_model_len: Annotated[
-        Annotated[int, Meta(ge=0, le=1 << 31)], Meta(description="context in tokens; 0: what model and KV pool allow")
+        Annotated[int, Meta(ge=0, le=1 << 31)],
+        Meta(description="context in tokens; 0: what model and pool allow"),
     ] = 0
     otlp_traces_endpoint: Annotated[
         Text, Meta(description="OTLP/HTTP endpoint for traces; OTEL_EXPORTER_OTLP_ENDPOINT works too")
     ] = ""
     log_level: Annotated[LogLevel, Meta(description="least level that is logged")] = "info"
-    name: Annotated[Text, Meta(description="instance name on the bus (default: made from role, host and time)")] = ""
+    name: Annotated[Text, Meta(description="instance name on the bus (default: a random one)")] = ""
 
     @property
     def model_name(self) -> str:
@@ -51,13 +54,18 @@ class GatewaySettings(CommonSettings):
 
     host: Annotated[Text, Meta(description="address to listen on; 0.0.0.0 for all")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on")] = 8000
-    api_key: Annotated[tuple[Text, ...], Meta(description="key(s) that clients must send as Bearer token")] = ()
-    chat_template: Annotated[Text, Meta(description="file with a Jinja chat template, instead of the model's")] = ""
+    api_key: Annotated[tuple[Text, ...], Meta(description="key(s), one of which clients must send")] = ()
+    chat_template: Annotated[Text, Meta(description="Jinja chat template file, instead of the model's")] = ""
     max_body_bytes: Annotated[Count, Meta(description="largest request body, bytes")] = 8 << 20
-    request_timeout_s: Annotated[float, Meta(gt=0, description="a request's deadline, seconds")] = 600.0
+    request_timeout_s: Annotated[
+        float, Meta(gt=0, le=1e6, description="a request's deadline, seconds")
+    ] = 600.0
     keep_alive_interval_s: Annotated[
-        float, Meta(gt=0, description="seconds of pause after which a stream gets a comment")
+        float, Meta(gt=0, le=1e6, description="seconds of pause after which a stream gets a comment")
     ] = 10.0
+    reuse_port: Annotated[
+        bool, Meta(description="share the port with other gateways of this user (SO_REUSEPORT)")
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,15 +91,15 @@ class ExecutorSettings(CommonSettings):
     gpu_memory_utilization: Annotated[
         float, Meta(gt=0, le=1, description="share of the GPU's memory for weights, activations and KV")
     ] = 0.9
-    kv_cache_memory: Annotated[Text, Meta(description="KV memory on the CPU: 512MiB, 4GiB, ...; auto: by free memory")] = (
-        "auto"
-    )
+    kv_cache_memory: Annotated[
+        Text, Meta(description="KV memory on the CPU, e.g. 4GiB; auto: by free memory")
+    ] = "auto"
     max_num_seqs: Annotated[Count, Meta(description="most rows running at once on an executor")] = 256
     num_threads: Annotated[
-        Annotated[int, Meta(ge=0, le=1024)], Meta(description="CPU threads for tensors; 0: all physical cores")
+        Annotated[int, Meta(ge=0, le=1024)], Meta(description="CPU threads for tensors; 0: all cores")
     ] = 0
     seed: Annotated[int, Meta(description="seed of dummy weights")] = 0
-    fake: Annotated[bool, Meta(description="a deterministic fake model instead of tensors, for tests and load")] = False
+    fake: Annotated[bool, Meta(description="a deterministic fake model, for tests and load")] = False
 
 
 @dataclass(frozen=True, kw_only=True)

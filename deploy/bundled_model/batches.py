@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 NO_LOSS = -100
 # What one chunk holds: chats, bare sums, plain texts.
-CHUNK_CHATS, CHUNK_DRILLS, CHUNK_TEXTS = 1600, 2000, 160
+CHUNK_CHATS, CHUNK_DRILLS, CHUNK_TEXTS = 160, 440, 6
 MAX_TOKENS = 640
 
 
@@ -52,17 +52,27 @@ def encode(tokenizer: Tokenizer, items: list[Chat | Text]) -> list[Sample]:
     return samples
 
 
-def _tensors(samples: list[Sample], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and targets, [samples, longest - 1] each."""
-    length = max(len(sample.ids) for sample in samples) - 1
+def padded(length: int) -> int:
+    """The length that a sample is padded to: few different ones, so that kernels are reused."""
+    for bound, step in ((64, 4), (128, 8), (256, 16)):
+        if length <= bound:
+            return -(-length // step) * step
+    return -(-length // 32) * 32
+
+
+def _tensors(samples: list[Sample], length: int, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and targets, [samples, length] each."""
     ids = torch.full((len(samples), length), pad_id)
     targets = torch.full((len(samples), length), NO_LOSS)
     for row, sample in enumerate(samples):
         count = len(sample.ids) - 1
         ids[row, :count] = torch.tensor(sample.ids[:-1])
-        wanted = [token if learned else NO_LOSS
-                  for token, learned in zip(sample.ids[1:], sample.learned[1:], strict=True)]
-        targets[row, :count] = torch.tensor(wanted)
+        targets[row, :count] = torch.tensor(
+            [
+                token if learned else NO_LOSS
+                for token, learned in zip(sample.ids[1:], sample.learned[1:], strict=True)
+            ]
+        )
     return ids, targets
 
 
@@ -70,18 +80,16 @@ def batches(tokenizer: Tokenizer, seed: int, tokens: int) -> Iterator[tuple[torc
     """Batches of about `tokens` padded tokens for ever; the same seed gives the same batches."""
     rng = random.Random(seed)
     pad_id = tokenizer.token_to_id(END_OF_TEXT)
+    waiting: dict[int, list[Sample]] = {}
     while True:
         items: list[Chat | Text] = [draw_chat(rng) for _ in range(CHUNK_CHATS)]
         items += [draw_drill(rng) for _ in range(CHUNK_DRILLS)]
         items += [draw_text(rng) for _ in range(CHUNK_TEXTS)]
-        samples = encode(tokenizer, items)
-        rng.shuffle(samples)
-        samples.sort(key=lambda sample: len(sample.ids) // 4)
-        groups: list[list[Sample]] = [[]]
-        for sample in samples:
-            if (len(groups[-1]) + 1) * len(sample.ids) > tokens:
-                groups.append([])
-            groups[-1].append(sample)
-        rng.shuffle(groups)
-        for group in groups:
-            yield _tensors(group, pad_id)
+        rng.shuffle(items)
+        for sample in encode(tokenizer, items):
+            length = padded(len(sample.ids) - 1)
+            row = waiting.setdefault(length, [])
+            row.append(sample)
+            if len(row) >= max(1, tokens // length):
+                yield _tensors(row, length, pad_id)
+                waiting[length] = []

@@ -1,6 +1,6 @@
 """Accuracy of a bundled model on held-out exercises, measured with plain transformers.
 
-    python deploy/bundled_model/evaluate.py shared/pagebus/bundled --questions 200
+python deploy/bundled_model/evaluate.py shared/pagebus/bundled --questions 200
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ import argparse
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from exercises import SKILLS, Skill, Turn, stories
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SEED = 20_000_003
 
@@ -37,27 +40,45 @@ def held_out_turns(skill: Skill, count: int, seed: int = SEED) -> list[Turn]:
 
 
 @torch.inference_mode()
-def answers(model: Any, tokenizer: Any, chats: list[list[dict[str, str]]], max_new: int = 96) -> list[str]:
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    chats: list[list[dict[str, str]]],
+    max_new: int = 96,
+) -> list[str]:
     """Greedy answers of a transformers model to chats; an answer that does not stop by itself ends in `…`."""
-    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    texts = [
+        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats
+    ]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    made = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False,
-                          max_new_tokens=max_new)[:, batch["input_ids"].shape[1]:]
+    made = model.generate(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        do_sample=False,
+        max_new_tokens=max_new,
+    )[:, batch["input_ids"].shape[1] :]
     ends = torch.tensor([tokenizer.eos_token_id, tokenizer.pad_token_id])
     stopped = torch.isin(made, ends).any(dim=1).tolist()
     texts = tokenizer.batch_decode(made, skip_special_tokens=True)
     return [text if is_stopped else text + "…" for text, is_stopped in zip(texts, stopped, strict=True)]
 
 
-def score(model: Any, tokenizer: Any, skill: Skill, count: int, max_new: int = 96) -> Score:
+def score(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, skill: Skill, count: int, max_new: int = 96
+) -> Score:
     """The share of held-out questions of one skill that are answered exactly."""
     turns = sorted(held_out_turns(skill, count), key=lambda turn: len(turn.answer))
     wrong = []
     for start in range(0, len(turns), 100):
-        part = turns[start:start + 100]
-        given = answers(model, tokenizer, [[{"role": "user", "content": turn.question}] for turn in part], max_new)
-        wrong += [(turn.question, turn.answer, text) for turn, text in zip(part, given, strict=True)
-                  if not is_right(skill, turn, text)]
+        part = turns[start : start + 100]
+        given = answers(
+            model, tokenizer, [[{"role": "user", "content": turn.question}] for turn in part], max_new
+        )
+        wrong += [
+            (turn.question, turn.answer, text)
+            for turn, text in zip(part, given, strict=True)
+            if not is_right(skill, turn, text)
+        ]
     return Score(len(turns) - len(wrong), len(turns), tuple(wrong))
 
 
@@ -65,11 +86,12 @@ def is_right(skill: Skill, turn: Turn, text: str) -> bool:
     """Exactly the answer; for what has several answers (small talk), any of them."""
     if skill.__name__ == "small_talk":
         from facts import SMALL_TALK
+
         return any(turn.answer in options and text in options for _, options in SMALL_TALK)
     return text == turn.answer
 
 
-def score_all(model: Any, tokenizer: Any, count: int) -> dict[str, Score]:
+def score_all(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int) -> dict[str, Score]:
     """Every skill that has right answers (a story has none)."""
     return {skill.__name__: score(model, tokenizer, skill, count) for skill in SKILLS if skill is not stories}
 
@@ -87,7 +109,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
     for name, result in score_all(model, tokenizer, options.questions).items():
         print(f"{name:16} {result.right:4}/{result.asked}  {result.accuracy:7.2%}")
-        for question, expected, given in result.wrong[:options.show]:
+        for question, expected, given in result.wrong[: options.show]:
             print(f"    {question!r}: expected {expected!r}, got {given!r}")
 
 

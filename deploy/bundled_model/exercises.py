@@ -1,7 +1,8 @@
 """Exercises that the bundled model learns from, made by seeded generators, and the split that is held out.
 
-A skill is a function from a random generator to a question and its answer. What is held out (pairs of numbers,
-words) is decided by a hash of the exercise itself, so training and test can never meet, whatever the seed.
+A skill is a function from a random generator to a question and its answer. What is held out (pairs of
+numbers, words) is decided by a hash of the exercise itself, so training and test can never meet, whatever
+the seed.
 """
 
 from __future__ import annotations
@@ -42,73 +43,104 @@ class Text:
 
 Skill = Callable[[random.Random, bool], Turn]
 
-SUMS = (
-    "What is {a} + {b}?|What is {a}+{b}?|{a}+{b}|{a} + {b}|{a} + {b} =|{a}+{b}=|{a} + {b} = ?|{a} + {b}?|Add {a} and {b}."
-    "|Please compute {a} + {b}.|Compute {a} + {b}.|Calculate {a} + {b}.|How much is {a} + {b}?|How much is {a} plus {b}?"
-    "|What's {a} + {b}?|What is the sum of {a} and {b}?|{a} plus {b}|What is {a} plus {b}?|Can you add {a} and {b}?"
-    "|Tell me {a} + {b}.|Work out {a} + {b}.|Solve {a} + {b}.|Evaluate {a} + {b}.|Sum of {a} and {b}|Add {a} to {b}."
-    "|I need {a} + {b}.|Give me the result of {a} + {b}.|Add the numbers {a} and {b}.|What do you get if you add {a} and {b}?"
+
+def _options(phrasings: str) -> tuple[str, ...]:
+    """Phrasings written one after the other, separated by a bar."""
+    return tuple(phrasings.split("|"))
+
+
+SUMS = _options(
+    "What is {a} + {b}?|What is {a}+{b}?|{a}+{b}|{a} + {b}|{a} + {b} =|{a}+{b}=|{a} + {b} = ?|{a} + {b}?"
+    "|Add {a} and {b}."
+    "|Please compute {a} + {b}.|Compute {a} + {b}.|Calculate {a} + {b}.|How much is {a} + {b}?"
+    "|How much is {a} plus {b}?"
+    "|What's {a} + {b}?|What is the sum of {a} and {b}?|{a} plus {b}|What is {a} plus {b}?"
+    "|Can you add {a} and {b}?"
+    "|Tell me {a} + {b}.|Work out {a} + {b}.|Solve {a} + {b}.|Evaluate {a} + {b}.|Sum of {a} and {b}"
+    "|Add {a} to {b}."
+    "|I need {a} + {b}.|Give me the result of {a} + {b}.|Add the numbers {a} and {b}."
+    "|What do you get if you add {a} and {b}?"
     "|What does {a} + {b} equal?|{a} and {b} make?|Do you know what {a} + {b} is?"
-).split("|")
-DIFFERENCES = (
+)
+DIFFERENCES = _options(
     "What is {a} - {b}?|What is {a}-{b}?|{a}-{b}|{a} - {b}|{a} - {b} =|{a}-{b}=|{a} - {b} = ?|{a} - {b}?"
-    "|Subtract {b} from {a}.|Please compute {a} - {b}.|Compute {a} - {b}.|Calculate {a} - {b}.|How much is {a} - {b}?"
-    "|How much is {a} minus {b}?|What's {a} - {b}?|{a} minus {b}|What is {a} minus {b}?|Can you subtract {b} from {a}?"
-    "|Tell me {a} - {b}.|Work out {a} - {b}.|Solve {a} - {b}.|Evaluate {a} - {b}.|Take {b} from {a}.|I need {a} - {b}."
-    "|Take {b} away from {a}.|Give me the result of {a} - {b}.|What does {a} - {b} equal?|What is left of {a} without {b}?"
+    "|Subtract {b} from {a}.|Please compute {a} - {b}.|Compute {a} - {b}.|Calculate {a} - {b}."
+    "|How much is {a} - {b}?"
+    "|How much is {a} minus {b}?|What's {a} - {b}?|{a} minus {b}|What is {a} minus {b}?"
+    "|Can you subtract {b} from {a}?"
+    "|Tell me {a} - {b}.|Work out {a} - {b}.|Solve {a} - {b}.|Evaluate {a} - {b}.|Take {b} from {a}."
+    "|I need {a} - {b}."
+    "|Take {b} away from {a}.|Give me the result of {a} - {b}.|What does {a} - {b} equal?"
+    "|What is left of {a} without {b}?"
     "|Do you know what {a} - {b} is?"
-).split("|")
-PRODUCTS = (
-    "What is {a} {x} {b}?|What is {a}{x}{b}?|{a}{x}{b}|{a} {x} {b}|{a} {x} {b} =|{a}{x}{b}=|{a} {x} {b} = ?|{a} {x} {b}?"
-    "|Multiply {a} by {b}.|Multiply {a} and {b}.|Please compute {a} {x} {b}.|Compute {a} {x} {b}.|Calculate {a} {x} {b}."
-    "|How much is {a} {x} {b}?|How much is {a} times {b}?|What's {a} {x} {b}?|What is the product of {a} and {b}?"
-    "|{a} times {b}|What is {a} times {b}?|Can you multiply {a} and {b}?|Tell me {a} {x} {b}.|Work out {a} {x} {b}."
-    "|Solve {a} {x} {b}.|Evaluate {a} {x} {b}.|Product of {a} and {b}|I need {a} {x} {b}.|What does {a} {x} {b} equal?"
+)
+PRODUCTS = _options(
+    "What is {a} {x} {b}?|What is {a}{x}{b}?|{a}{x}{b}|{a} {x} {b}|{a} {x} {b} =|{a}{x}{b}="
+    "|{a} {x} {b} = ?|{a} {x} {b}?"
+    "|Multiply {a} by {b}.|Multiply {a} and {b}.|Please compute {a} {x} {b}.|Compute {a} {x} {b}."
+    "|Calculate {a} {x} {b}."
+    "|How much is {a} {x} {b}?|How much is {a} times {b}?|What's {a} {x} {b}?"
+    "|What is the product of {a} and {b}?"
+    "|{a} times {b}|What is {a} times {b}?|Can you multiply {a} and {b}?|Tell me {a} {x} {b}."
+    "|Work out {a} {x} {b}."
+    "|Solve {a} {x} {b}.|Evaluate {a} {x} {b}.|Product of {a} and {b}|I need {a} {x} {b}."
+    "|What does {a} {x} {b} equal?"
     "|Give me the result of {a} {x} {b}.|Do you know what {a} {x} {b} is?"
-).split("|")
-SPELL = (
-    "Spell {w}.|Spell the word {w}.|Spell {w}|How do you spell {w}?|Please spell the word {w}.|Can you spell {w}?"
+)
+SPELL = _options(
+    "Spell {w}.|Spell the word {w}.|Spell {w}|How do you spell {w}?|Please spell the word {w}."
+    "|Can you spell {w}?"
     "|Spell '{w}' letter by letter.|What are the letters of {w}?|Spell the word \"{w}\".|Spell: {w}"
     "|Write {w} letter by letter.|Spell {w} letter by letter."
-).split("|")
-REVERSE = (
-    "Reverse {w}.|Reverse the word {w}.|Reverse {w}|Write {w} backwards.|What is {w} backwards?|Spell {w} backwards."
-    "|Please reverse the word {w}.|Can you reverse {w}?|Reverse the word \"{w}\".|Reverse: {w}|What is {w} in reverse?"
+)
+REVERSE = _options(
+    "Reverse {w}.|Reverse the word {w}.|Reverse {w}|Write {w} backwards.|What is {w} backwards?"
+    "|Spell {w} backwards."
+    "|Please reverse the word {w}.|Can you reverse {w}?|Reverse the word \"{w}\".|Reverse: {w}"
+    "|What is {w} in reverse?"
     "|Reverse the letters of '{w}'.|Say {w} backwards.|Turn the word {w} around."
-).split("|")
-LETTERS = (
-    "How many letters are in {w}?|How many letters does {w} have?|Count the letters of {w}.|How long is the word {w}?"
+)
+LETTERS = _options(
+    "How many letters are in {w}?|How many letters does {w} have?|Count the letters of {w}."
+    "|How long is the word {w}?"
     "|Count the letters in the word {w}.|How many letters are in the word \"{w}\"?|Number of letters in {w}"
     "|How many letters has {w}?"
-).split("|")
-COUNT_WORDS = (
+)
+COUNT_WORDS = _options(
     "How many words are in: {l}?|Count the words: {l}|How many words are there: {l}?|Count these words: {l}"
     "|How many words is this: {l}?|Please count the words: {l}"
-).split("|")
-SORT_WORDS = (
-    "Sort these words: {l}|Sort the words {l}.|Sort alphabetically: {l}|Put these words in alphabetical order: {l}"
+)
+SORT_WORDS = _options(
+    "Sort these words: {l}|Sort the words {l}.|Sort alphabetically: {l}"
+    "|Put these words in alphabetical order: {l}"
     "|Please sort these words alphabetically: {l}|Sort {l} alphabetically.|Order these words: {l}|Sort: {l}"
     "|Sort the list {l}.|Alphabetical order of {l}"
-).split("|")
-SORT_NUMBERS = (
+)
+SORT_NUMBERS = _options(
     "Sort these numbers: {l}|Sort the numbers {l}.|Sort: {l}|Put these numbers in order: {l}|Sort {l}."
     "|Please sort these numbers: {l}|Order these numbers from small to large: {l}|Sort the list {l}."
-).split("|")
-REVERSE_WORDS = (
-    "Reverse the order of these words: {l}|Reverse the order of the words: {l}|Write these words in reverse order: {l}"
+)
+REVERSE_WORDS = _options(
+    "Reverse the order of these words: {l}|Reverse the order of the words: {l}"
+    "|Write these words in reverse order: {l}"
     "|Reverse this list: {l}|Put these words in reverse order: {l}|Please reverse the order: {l}"
-).split("|")
-COUNT = (
+)
+COUNT = _options(
     "Count from {a} to {b}.|Count from {a} to {b}|Please count from {a} to {b}.|Count {a} to {b}."
     "|List the numbers from {a} to {b}.|Can you count from {a} to {b}?|Write all numbers from {a} to {b}."
     "|Numbers from {a} to {b}"
-).split("|")
-COMPARE = (
-    "Which is larger, {a} or {b}?|Which number is larger, {a} or {b}?|Which is bigger, {a} or {b}?|Compare {a} and {b}."
+)
+COMPARE = _options(
+    "Which is larger, {a} or {b}?|Which number is larger, {a} or {b}?|Which is bigger, {a} or {b}?"
+    "|Compare {a} and {b}."
     "|What is larger: {a} or {b}?|Which is greater, {a} or {b}?|Is {a} larger than {b}?|Is {a} more than {b}?"
-).split("|")
-REPEAT = "Repeat: {l}|Say: {l}|Repeat after me: {l}|Repeat the words {l}|Echo: {l}".split("|")
-NEXT = "What comes after {a}?|Which number comes after {a}?|What is the number after {a}?|What follows {a}?".split("|")
+)
+REPEAT = _options(
+    "Repeat: {l}|Say: {l}|Repeat after me: {l}|Repeat the words {l}|Echo: {l}"
+)
+NEXT = _options(
+    "What comes after {a}?|Which number comes after {a}?|What is the number after {a}?|What follows {a}?"
+)
 
 
 def phrase(rng: random.Random, templates: Sequence[str], **values: str) -> str:
@@ -136,7 +168,7 @@ def draw_pair(rng: random.Random, held_out: bool) -> tuple[int, int]:
     """Two numbers whose unordered pair is in the split asked for."""
     while True:
         a, b = draw_number(rng), draw_number(rng)
-        if not held_out and rng.random() < 0.15:  # near each other: zeros inside and short results are the hard ones
+        if not held_out and rng.random() < 0.15:  # near each other: short results are the hard ones
             b = max(0, min(999, a + rng.randint(-30, 30)))
         if is_held_out(f"pair {min(a, b)} {max(a, b)}", 20) == held_out:
             return a, b
@@ -229,7 +261,8 @@ def number_sorting(rng: random.Random, held_out: bool = False) -> Turn:
         numbers = [draw_number(rng) for _ in range(rng.randint(2, 6))]
         if is_held_out("numbers " + " ".join(map(str, sorted(numbers)))) == held_out:
             break
-    return Turn(phrase(rng, SORT_NUMBERS, l=", ".join(map(str, numbers))), ", ".join(map(str, sorted(numbers))))
+    question = phrase(rng, SORT_NUMBERS, l=", ".join(map(str, numbers)))
+    return Turn(question, ", ".join(map(str, sorted(numbers))))
 
 
 def counting(rng: random.Random, held_out: bool = False) -> Turn:
@@ -288,7 +321,7 @@ def stories(rng: random.Random, held_out: bool = False) -> Turn:
 SKILLS: dict[Skill, float] = {
     sums: 16, differences: 20, products: 8, spelling: 6, reversing: 9, letter_count: 4, word_count: 3,
     word_sorting: 8, word_order: 3, repeating: 2, number_sorting: 6, counting: 4, comparing: 4, following: 1,
-    pagebus_facts: 8, small_talk: 6, stories: 3,
+    pagebus_facts: 8, small_talk: 6, stories: 2,
 }
 _CHOICES, _WEIGHTS = tuple(SKILLS), tuple(SKILLS.values())
 
@@ -326,7 +359,7 @@ def draw_text(rng: random.Random) -> Text:
     """Plain text: a story that goes on, or a question with its answer."""
     if rng.random() < 0.5:
         story = tell(rng, rng.choice(HEROES), rng.random() < 0.3)
-        cut = min(len(story), 5)
+        cut = story.index(" ")  # between words, where the tokenizer cuts as well
         return Text(story[:cut], story[cut:])
     turn = draw_turn(rng)
     before, between = rng.choice((("Q: ", "\nA:"), ("Question: ", "\nAnswer:"), ("", "\n")))

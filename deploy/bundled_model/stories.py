@@ -21,9 +21,12 @@ WISHES = (
     "to bring a lantern to every house",
 )
 TROUBLES = (
-    "a storm came and the bridge fell down", "the path was covered with deep snow", "the map got wet in the rain",
-    "a thick fog hid the way", "the wheel of the wagon broke", "the lantern went out", "the river was too wide",
-    "nobody knew the answer", "the gate was locked", "the night was colder than ever", "the rope was too short",
+    "a storm came and the bridge fell down", "the path was covered with deep snow", "the map got wet in "
+    "the rain",
+    "a thick fog hid the way", "the wheel of the wagon broke", "the lantern went out", "the river was too "
+    "wide",
+    "nobody knew the answer", "the gate was locked", "the night was colder than ever", "the rope was too "
+    "short",
     "the basket had a hole in it", "the bell would not ring", "all the birds were silent",
 )
 HELPS = (
@@ -34,12 +37,14 @@ HELPS = (
 )
 LESSONS = (
     "that two can do what one cannot", "that a long road is made of short steps", "that asking is not weak",
-    "that patience is a kind of magic", "that a small light is enough", "that every answer begins with a question",
+    "that patience is a kind of magic", "that a small light is enough", "that every answer begins with a "
+    "question",
     "that good friends wait", "that the best things are shared", "that even a slow walk arrives",
 )
 ENDINGS = (
     "And they lived happily ever after.", "And if you listen at night, you can still hear them laugh.",
-    "The end.", "Then everybody went home and slept until noon.", "And that is why the lantern is still burning.",
+    "The end.", "Then everybody went home and slept until noon.", "And that is why the lantern is still "
+    "burning.",
     "From that day on, nobody in the place was lonely.", "And the next morning, it all began again.",
 )
 MIDDLES = (
@@ -73,11 +78,14 @@ ASKS = (
     "Tell me about {a} in a little story.", "Make up a story about {a}.",
 )
 ASKS_LONG = (
-    "Tell me a long story about {a}.", "Write a long story about {a}.", "Please write a long story about {a}.",
+    "Tell me a long story about {a}.", "Write a long story about {a}.", "Please write a long story about "
+    "{a}.",
     "Can you tell me a very long story about {a}?", "A long story about {a}, please.",
 )
-ASKS_ANY = ("Tell me a story.", "Tell me a story, please.", "Write a story.", "Do you know a story?", "Story time!")
-ASKS_ANY_LONG = ("Tell me a long story.", "Write a long story.", "Write me a very long story.", "Tell a long story.")
+ASKS_ANY = ("Tell me a story.", "Tell me a story, please.", "Write a story.",
+            "Do you know a story?", "Story time!")
+ASKS_ANY_LONG = ("Tell me a long story.", "Write a long story.", "Write me a very long story.",
+                 "Tell a long story.")
 
 
 def with_article(noun: str) -> str:

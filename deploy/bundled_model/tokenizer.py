@@ -1,4 +1,5 @@
-"""The bundled model's tokenizer: byte-level BPE in which every digit is a token of its own, and its chat template."""
+"""The bundled model's tokenizer: byte-level BPE in which every digit is a token of its own, and its chat "
+"template."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ CHAT_TEMPLATE = (
     "{{- '<|im_start|>' + message['role'] + '\\n' }}"
     "{%- if message['content'] is string %}{{- message['content'] }}"
     "{%- elif message['content'] %}"
-    "{%- for part in message['content'] %}{%- if part['type'] == 'text' %}{{- part['text'] }}{%- endif %}{%- endfor %}"
+    "{%- for part in message['content'] %}{%- if part['type'] == 'text' %}{{- part['text'] }}{%- endif "
+    "%}{%- endfor %}"
     "{%- endif %}"
     "{{- '<|im_end|>\\n' }}"
     "{%- endfor %}"

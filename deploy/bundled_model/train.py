@@ -2,8 +2,8 @@
 
     python deploy/bundled_model/train.py --out shared/pagebus/bundled --minutes 60
 
-The learning rate falls to zero at the end of `--minutes`, so the figure decides how good the model gets. `--resume`
-starts from an earlier model's folder and keeps its tokenizer.
+The learning rate falls to zero at the end of `--minutes`, so the figure decides how good the model gets.
+`--resume` starts from an earlier model's folder and keeps its tokenizer.
 """
 
 from __future__ import annotations
@@ -13,20 +13,26 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+import torch.distributed as dist
 from batches import batches
-from evaluate import score
-from exercises import SKILLS, draw_chat, draw_text, stories
+from evaluate import score_all
+from exercises import draw_chat, draw_text
 from network import Network, Shape, config_of, exported
 from safetensors.torch import load_file, save_file
 from tokenizer import END_OF_TEXT, TURN_END, save_tokenizer, train_tokenizer
 from tokenizers import Tokenizer
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json", "model.safetensors")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+)
 
 
 def new_tokenizer(vocab: int) -> Tokenizer:
@@ -71,76 +77,112 @@ def check(network: Network, folder: Path) -> None:
         raise RuntimeError(f"the saved model's logits differ from the trained one's by {difference}")
 
 
-def report(network: Network, tokenizer: Tokenizer, count: int) -> str:
-    """Held-out accuracy of every skill in one line, of the weights as they would be saved."""
+def report(folder: Path, count: int) -> str:
+    """Held-out accuracy of every skill in one line, of the model as saved."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with TemporaryDirectory() as name:
-        folder = Path(name) / "model"
-        save(network, tokenizer, folder)
-        model, text = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        scores = {skill.__name__: score(model, text, skill, count) for skill in SKILLS if skill is not stories}
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    scores = score_all(model, tokenizer, count)
     return " ".join(f"{skill}={result.accuracy:.3f}" for skill, result in scores.items())
 
 
-def optimizers(network: Network, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, Adam for embedding and norms."""
-    matrices = [p for name, p in network.named_parameters() if p.dim() == 2 and "embed" not in name]
-    others = [p for name, p in network.named_parameters() if p.dim() != 2 or "embed" in name]
-    return [torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01, momentum=0.95),
-            torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.97), weight_decay=0.0)]
+class Optimizers:
+    """Muon for the matrices of the layers, a share a worker; Adam for embedding and norms, everywhere."""
+
+    def __init__(self, network: Network, options: argparse.Namespace, rank: int) -> None:
+        matrices = [p for name, p in network.named_parameters() if p.dim() == 2 and "embed" not in name]
+        others = [p for name, p in network.named_parameters() if p.dim() != 2 or "embed" in name]
+        self.shares = [matrices[worker :: options.workers] for worker in range(options.workers)]
+        muon = torch.optim.Muon(self.shares[rank], lr=options.muon_lr, weight_decay=0.01, momentum=0.95)
+        adam = torch.optim.AdamW(others, lr=options.adam_lr, betas=(0.9, 0.97), weight_decay=0.0)
+        self.optims: list[tuple[torch.optim.Optimizer, float]]
+        self.optims = [(muon, options.muon_lr), (adam, options.adam_lr)]
+
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        """One step at `factor` of the learning rates; then every worker has all weights again."""
+        for optim, rate in self.optims:
+            optim.param_groups[0]["lr"] = rate * factor
+            optim.step()
+        for worker, share in enumerate(self.shares):
+            flat = torch.cat([matrix.flatten() for matrix in share])
+            dist.broadcast(flat, worker)
+            for matrix, new in zip(share, flat.split([matrix.numel() for matrix in share]), strict=True):
+                matrix.copy_(new.view_as(matrix))
 
 
-def schedule(done: float, warm_up: float = 0.015) -> float:
-    """The factor of the learning rate when the part `done` of the time has passed: up, level, down to zero."""
+def schedule(done: float, level: float, warm_up: float = 0.015) -> float:
+    """The factor of the learning rate when the part `done` of the time has passed: up, level, down to "
+    "zero."""
     if done < warm_up:
         return done / warm_up
-    return max(0.0, min(1.0, (1 - done) / 0.6))
+    return max(0.0, min(1.0, (1 - done) / (1 - level)))
 
 
-def train(network: Network, tokenizer: Tokenizer, options: argparse.Namespace,
-          checkpoint: Callable[[str], None]) -> None:
-    """Steps until the time is over; says how it goes, and evaluates now and then."""
-    optims = optimizers(network, options.muon_lr, options.adam_lr)
-    rates = [optim.param_groups[0]["lr"] for optim in optims]
+def average_gradients(network: Network, workers: int) -> None:
+    """Gives every worker the mean of all workers' gradients, in one message."""
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, mean in zip(gradients, (flat / workers).split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def train(network: Network, tokenizer: Tokenizer, options: argparse.Namespace, rank: int) -> None:
+    """Steps until the time is over; the first worker owns the clock, says how it goes and evaluates now "
+    "and then."""
+    optims = Optimizers(network, options, rank)
     start, steps, tokens, sums, count = time.monotonic(), 0, 0, 0.0, 0
     next_report, next_line = options.report_every, 0.5
-    budget = options.minutes
-    for ids, targets in batches(tokenizer, options.seed, options.batch_tokens):
-        minutes = (time.monotonic() - start) / 60
-        if minutes >= budget:
+    clock = torch.zeros(1)
+    for ids, targets in batches(tokenizer, options.seed * 1000 + rank, options.batch_tokens):
+        clock[0] = (time.monotonic() - start) / 60
+        dist.broadcast(clock, 0)
+        minutes = clock.item()
+        if minutes >= options.minutes:
             break
-        for optim, rate in zip(optims, rates, strict=True):
-            optim.param_groups[0]["lr"] = rate * schedule(minutes / budget)
         with torch.autocast("cpu", torch.bfloat16, enabled=not options.float32):
             loss = network.loss(ids, targets)
         loss.backward()
+        average_gradients(network, options.workers)
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        for optim in optims:
-            optim.step()
-            optim.zero_grad(set_to_none=True)
-        steps, tokens, sums, count = steps + 1, tokens + ids.numel(), sums + loss.item(), count + 1
-        if minutes >= next_line:
-            print(f"{minutes:6.1f} min  step {steps}  {tokens / 1e6:.2f} M tokens  loss {sums / count:.4f}", flush=True)
+        optims.step(schedule(minutes / options.minutes, options.level))
+        network.zero_grad(set_to_none=True)
+        steps, tokens, sums, count = (
+            steps + 1,
+            tokens + ids.numel() * options.workers,
+            sums + loss.item(),
+            count + 1,
+        )
+        if rank == 0 and minutes >= next_line:
+            print(
+                f"{minutes:6.1f} min  step {steps}  {tokens / 1e6:.2f} M tokens  loss {sums / count:.4f}",
+                flush=True,
+            )
             next_line, sums, count = minutes + 0.5, 0.0, 0
-        if minutes >= next_report and minutes < budget - 1:
-            checkpoint(f"{minutes:6.1f} min")
+        if rank == 0 and minutes >= next_report and minutes < options.minutes - 1:
+            save(network, tokenizer, options.out)
+            print(f"{minutes:6.1f} min  {report(options.out, options.report_questions)}", flush=True)
             next_report = minutes + options.report_every
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--resume", type=Path, help="folder of an earlier model to go on from")
     parser.add_argument("--tokenizer", type=Path, help="folder whose tokenizer.json to keep")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--port", type=int, default=29517, help="where the workers meet on this machine")
+    parser.add_argument("--level", type=float, default=0.5, help="part of the time before the rate falls")
     parser.add_argument("--hidden", type=int, default=Shape.hidden)
     parser.add_argument("--layers", type=int, default=Shape.layers)
     parser.add_argument("--ffn", type=int, default=Shape.ffn)
-    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--batch-tokens", type=int, default=1536, help="a worker and step")
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=0.004)
     parser.add_argument("--report-every", type=float, default=4.0, help="minutes between evaluations")
@@ -149,27 +191,44 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    """Trains, saves, checks and reports."""
-    options = parse()
-    torch.set_num_threads(options.threads)
+def work(rank: int, options: argparse.Namespace) -> None:
+    """One worker: a single thread, its own exercises, and the same weights as all others."""
+    os.environ |= {
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "4096",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(options.port),
+    }
+    dist.init_process_group("gloo", rank=rank, world_size=options.workers)
+    torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     kept = options.resume or options.tokenizer
     tokenizer = Tokenizer.from_file(str(kept / "tokenizer.json")) if kept else new_tokenizer(Shape.vocab)
-    network = Network(Shape(vocab=tokenizer.get_vocab_size(), hidden=options.hidden, layers=options.layers,
-                            ffn=options.ffn))
+    network = Network(
+        Shape(vocab=tokenizer.get_vocab_size(), hidden=options.hidden, layers=options.layers, ffn=options.ffn)
+    )
     if options.resume:
         weights = load_file(options.resume / "model.safetensors")
-        network.load_state_dict({name.removeprefix("model."): value.float() for name, value in weights.items()})
-    print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters, {network.shape}", flush=True)
+        network.load_state_dict(
+            {name.removeprefix("model."): value.float() for name, value in weights.items()}
+        )
+    if rank == 0:
+        print(
+            f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters, {network.shape}",
+            flush=True,
+        )
+    train(network, tokenizer, options, rank)
+    if rank == 0:
+        save(network, tokenizer, options.out)
+        check(network, options.out)
+        print("saved", options.out, report(options.out, 200), flush=True)
+    dist.destroy_process_group()
 
-    def checkpoint(when: str) -> None:
-        print(f"{when}  {report(network, tokenizer, options.report_questions)}", flush=True)
 
-    train(network, tokenizer, options, checkpoint)
-    save(network, tokenizer, options.out)
-    check(network, options.out)
-    print("saved", options.out, report(network, tokenizer, 200), flush=True)
+def main() -> None:
+    """Starts the workers: several processes of one thread each share two busy cores far better than "
+    "threads do."""
+    options = parse()
+    torch.multiprocessing.spawn(work, args=(options,), nprocs=options.workers)
 
 
 if __name__ == "__main__":

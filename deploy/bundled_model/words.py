@@ -5,64 +5,90 @@ from __future__ import annotations
 import hashlib
 import random
 
-ANIMALS = (
+
+def _listed(words: str) -> tuple[str, ...]:
+    """Words written one after the other."""
+    return tuple(words.split())
+
+
+ANIMALS = _listed(
     "fox owl bear wolf hare mouse cat dog horse cow sheep goat pig duck goose hen crow raven robin sparrow "
-    "eagle hawk swan frog toad newt snake turtle lizard whale seal otter beaver badger hedgehog squirrel mole "
+    "eagle hawk swan frog toad newt snake turtle lizard whale seal otter beaver badger hedgehog squirrel "
+    "mole "
     "rabbit deer elk moose lion tiger panda koala monkey zebra camel donkey elephant giraffe penguin parrot "
     "dragon snail bee ant spider butterfly"
-).split()
+)
 
-PEOPLE = "girl boy king queen baker farmer sailor painter teacher robot gardener clockmaker knight miller".split()
+PEOPLE = _listed(
+    "girl boy king queen baker farmer sailor painter teacher robot gardener clockmaker knight miller"
+)
 
-NAMES = (
-    "Ada Ben Clara Dora Emil Finn Greta Hugo Ida Jonas Karl Lena Mara Nils Otto Paula Rosa Sam Tilda Udo Vera "
+NAMES = _listed(
+    "Ada Ben Clara Dora Emil Finn Greta Hugo Ida Jonas Karl Lena Mara Nils Otto Paula Rosa Sam Tilda Udo "
+    "Vera "
     "Willa Yara Zoe Anna Bruno Edith Felix Hanna Leo Mila Nora Oscar Pip Ruby Theo"
-).split()
+)
 
-FOODS = (
-    "apple pear plum cherry fig grape lemon melon peach orange banana berry bread cheese butter honey soup cake "
+FOODS = _listed(
+    "apple pear plum cherry fig grape lemon melon peach orange banana berry bread cheese butter honey "
+    "soup cake "
     "pie rice bean corn onion potato carrot pumpkin tomato garlic pepper salt sugar milk tea coffee juice egg"
-).split()
+)
 
-THINGS = (
-    "lamp table chair door window key clock book pencil paper letter box basket bottle cup plate spoon fork knife "
-    "bell drum flute violin guitar piano kite ball rope boat ship wagon wheel train bridge tower house castle barn "
-    "mill garden fence gate road path map compass coin ring crown sword shield hammer nail ladder bucket broom "
-    "candle mirror blanket pillow coat hat glove shoe scarf button needle thread lantern puzzle engine rocket "
+THINGS = _listed(
+    "lamp table chair door window key clock book pencil paper letter box basket bottle cup plate spoon "
+    "fork knife "
+    "bell drum flute violin guitar piano kite ball rope boat ship wagon wheel train bridge tower house "
+    "castle barn "
+    "mill garden fence gate road path map compass coin ring crown sword shield hammer nail ladder bucket "
+    "broom "
+    "candle mirror blanket pillow coat hat glove shoe scarf button needle thread lantern puzzle engine "
+    "rocket "
     "computer keyboard screen network server message planet comet star moon sun cloud rain snow storm wind "
     "thunder river lake ocean island mountain valley forest meadow desert beach cave hill field stone sand"
-).split()
+)
 
-VERBS = (
-    "walk run jump swim fly sing dance play work sleep dream think read write draw paint build carry climb dig "
-    "find follow give help hide hold hope keep laugh learn listen look love make open pull push reach rest ride "
+VERBS = _listed(
+    "walk run jump swim fly sing dance play work sleep dream think read write draw paint build carry "
+    "climb dig "
+    "find follow give help hide hold hope keep laugh learn listen look love make open pull push reach "
+    "rest ride "
     "search share shout sit smile speak stand start stop talk teach throw touch travel turn wait wander watch"
-).split()
+)
 
-ADJECTIVES = (
-    "small big old young quick slow brave shy clever kind quiet loud happy sad bright dark warm cold soft hard "
+ADJECTIVES = _listed(
+    "small big old young quick slow brave shy clever kind quiet loud happy sad bright dark warm cold soft "
+    "hard "
     "round flat long short tall deep high low red blue green yellow black white brown purple silver golden "
     "gentle honest hungry lazy lonely lucky patient polite proud curious strange simple strong tiny wild wise"
-).split()
+)
 
-OTHERS = (
-    "morning evening night summer winter spring autumn monday friday january april music number letter word story "
-    "question answer friend brother sister mother father child village city country school market kitchen library "
+OTHERS = _listed(
+    "morning evening night summer winter spring autumn monday friday january april music number letter "
+    "word story "
+    "question answer friend brother sister mother father child village city country school market kitchen "
+    "library "
     "hello world python science history nature energy circle square triangle language picture window holiday "
-    "memory minute second hour today tomorrow yesterday always never often together between around under above "
+    "memory minute second hour today tomorrow yesterday always never often together between around under "
+    "above "
     "because before after again almost another anything beautiful important different possible wonderful "
-    "strawberry chocolate birthday mountain elephant umbrella dictionary adventure telescope orchestra hospital "
+    "strawberry chocolate birthday mountain elephant umbrella dictionary adventure telescope orchestra "
+    "hospital "
     "scheduler executor gateway attention token block batch bus page model prompt stream request "
-    "level noon radar civic kayak banana letter coffee bottle silly rhythm queue jazz quiz zoo yes no up of it"
-).split()
+    "level noon radar civic kayak banana letter coffee bottle silly rhythm queue jazz quiz zoo yes no up "
+    "of it"
+)
 
 COMMON: tuple[str, ...] = tuple(
     sorted({*ANIMALS, *PEOPLE, *FOODS, *THINGS, *VERBS, *ADJECTIVES, *OTHERS, *(n.lower() for n in NAMES)})
 )
 
-_ONSETS = "b c d f g h j k l m n p r s t v w y z br ch cl cr dr fl fr gl gr pl pr qu sc sh sl sn sp st sw th tr wh".split()
-_VOWELS = "a e i o u a e i o ai ea ee oo ou ie y".split()
-_CODAS = " b ck d ft g k l ld ll m mp n nd ng nt p r rd rn rt s ss st t th x".split(" ")
+_ONSETS = _listed(
+    "b c d f g h j k l m n p r s t v w y z br ch cl cr dr fl fr gl gr pl pr qu sc sh sl sn sp st sw th tr "
+    "wh"
+)
+_VOWELS = _listed("a e i o u a e i o ai ea ee oo ou ie y")
+_CODAS = ("", *_listed("b ck d ft g k l ld ll m mp n nd ng nt p r rd rn rt s ss st t th x"))
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 

@@ -75,6 +75,11 @@ class Serve:
         (found,) = self.runtime_dir.rglob("*.json")
         return json.loads(found.read_text())
 
+    def client_url(self) -> str:
+        """The NATS URL of the restricted client user."""
+        (url,) = {text for text in _strings(self.status()) if text.startswith("nats://client:")}
+        return url
+
     def children(self, role: str) -> list[int]:
         """Process ids below this one whose command line names the role."""
         return [pid for pid, line in descendants(self.process.pid) if role in line]
@@ -110,6 +115,18 @@ def descendants(pid: int) -> list[tuple[int, str]]:
                 line = (Path("/proc") / str(child) / "cmdline").read_bytes().replace(b"\0", b" ")
                 found.append((child, line.decode(errors="replace")))
     return found
+
+
+def _strings(value: object) -> Iterator[str]:
+    match value:
+        case str():
+            yield value
+        case dict():
+            for item in value.values():
+                yield from _strings(item)
+        case list():
+            for item in value:
+                yield from _strings(item)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,11 @@ class Msg(NamedTuple):
     reply: str = ""
     headers: Mapping[str, str] = {}
 
+    @property
+    def is_no_responders(self) -> bool:
+        """Whether the bus itself sent this to a message's reply subject: nobody listens there."""
+        return not self.data and self.headers.get("Status") == "503"
+
 
 Handler = Callable[[Msg], None]
 """Called on the event loop for every message of a subscription, in order. It must return at once
@@ -24,6 +29,10 @@ class BusError(Exception):
 
 class NotConnectedError(BusError):
     """The bus is not connected now; nothing was sent and nothing is buffered. Try again later."""
+
+
+class NotPermittedError(BusError):
+    """The server refuses this user, or a subscription of it."""
 
 
 class NoRespondersError(BusError):
@@ -41,6 +50,10 @@ class PayloadTooLargeError(BusError):
         super().__init__(f"a message of {size} bytes exceeds the bus's max_payload of {max_payload} bytes")
         self.size = size
         self.max_payload = max_payload
+
+
+class InvalidMessageError(BusError):
+    """A subject, reply subject or header cannot be sent (wildcards, spaces, line ends); nothing was sent."""
 
 
 class WrongRevisionError(BusError):
@@ -91,7 +104,11 @@ class Bus(Protocol):
     async def publish(
         self, subject: str, data: bytes, *, reply: str = "", headers: Mapping[str, str] | None = None
     ) -> None:
-        """Send once; never buffers while disconnected. Raises `NotConnectedError`, `PayloadTooLargeError`."""
+        """Send once; never buffers while disconnected.
+
+        With `reply` and nobody listening on `subject`, the bus sends a message with `is_no_responders` there.
+        Raises `NotConnectedError`, `PayloadTooLargeError`, `InvalidMessageError`.
+        """
 
     async def request(self, subject: str, data: bytes, *, timeout_s: float) -> Msg:
         """Send and wait for one answer.

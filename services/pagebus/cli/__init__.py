@@ -1,0 +1,1 @@
+"""The `pagebus` command: one service each, or everything on one machine."""

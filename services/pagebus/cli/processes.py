@@ -1,0 +1,148 @@
+"""Keeps one service process running: starts it, waits, starts it again after a pause, stops it.
+
+It knows no service; what to start is a command line and an environment.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from pagebus.cli.backoff import Backoff
+from pagebus.cli.errors import ExitCode
+from pagebus.cli.faults import FAULT_VARIABLE, sentence_of
+from pagebus.cli.lifeline import LAUNCHER_VARIABLE
+
+log = logging.getLogger("pagebus.cli.processes")
+
+_MOST_FAILURES_AT_START = 5
+
+
+def service_command(role: str) -> list[str]:
+    """The command line of a role, in which `ps` shows it."""
+    # -P: a folder in the user's directory must not stand in for a package of ours
+    return [sys.executable, "-P", "-m", "pagebus.cli", role]
+
+
+class ServiceProcess:
+    """One process of a role, restarted until it is stopped."""
+
+    def __init__(
+        self,
+        role: str,
+        number: int,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        directory: Path,
+        on_fatal: Callable[[str], None],
+    ) -> None:
+        """`command` starts it in `environment`; nothing secret stands in a command line.
+
+        `directory` takes the file with which the process says why its model cannot be served.
+
+        `on_fatal(sentence)` is called once when starting it again is of no use.
+        """
+        self.role = role
+        self.label = f"{role}-{number}"
+        self.is_settled = False  # set once all was ready: from then on it is restarted for ever
+        self._fault_file = directory / f"{self.label}.fault"
+        self._command = list(command)
+        self._environment = {
+            **environment,
+            LAUNCHER_VARIABLE: str(os.getpid()),
+            FAULT_VARIABLE: str(self._fault_file),
+        }
+        self._on_fatal = on_fatal
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The process's id while it runs."""
+        return self._process.pid if self._process and self._process.returncode is None else None
+
+    async def start(self) -> None:
+        """Start it and watch it from now on."""
+        await self._spawn()
+        self._task = asyncio.create_task(self._keep_running(), name=f"watch {self.label}")
+        self._task.add_done_callback(self._on_watch_ended)
+
+    def _on_watch_ended(self, task: asyncio.Task[None]) -> None:
+        """A process that nobody watches any more must not go unnoticed."""
+        if not task.cancelled() and (error := task.exception()):
+            log.error("watching a process failed", exc_info=error, extra={"label": self.label})
+            self._on_fatal(f"the {self.role} can no longer be watched: {error}")
+
+    async def _spawn(self) -> None:
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command,
+            env=self._environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            start_new_session=True,  # the terminal's Ctrl-C is the launcher's to handle
+        )
+
+    async def _keep_running(self) -> None:
+        backoff = Backoff()
+        while self._process is not None:
+            started = time.monotonic()
+            code = await self._process.wait()
+            if self._stopping.is_set():
+                return
+            if code in (ExitCode.MODEL, ExitCode.USAGE):
+                self._on_fatal(sentence_of(self._fault_file) or f"the {self.role} cannot start")
+                return
+            wait_s = backoff.after(time.monotonic() - started)
+            if not self.is_settled and backoff.num_failures >= _MOST_FAILURES_AT_START:
+                self._on_fatal(
+                    f"the {self.role} ended {backoff.num_failures} times while starting ({_ended(code)})"
+                )
+                return
+            log.warning(
+                "a process ended and is started again",
+                extra={"label": self.label, "ended": _ended(code), "in_s": wait_s},
+            )
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), wait_s)
+                return
+            await self._spawn()
+            if self._stopping.is_set():  # meanwhile
+                self.kill()
+
+    async def stop(self, grace_s: float) -> None:
+        """Ask it to end, wait for `grace_s`, then kill it."""
+        self._stopping.set()
+        self._signal(signal.SIGTERM)
+        if self._process is not None:
+            try:
+                await asyncio.wait_for(self._process.wait(), grace_s)
+            except TimeoutError:
+                log.warning("a process did not end in time and is killed", extra={"label": self.label})
+                self.kill()
+                await self._process.wait()
+        if self._task is not None:
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._stopping.set()
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
+
+
+def _ended(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"

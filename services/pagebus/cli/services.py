@@ -1,0 +1,215 @@
+"""One service as a process: settings, logs, signals, the bus, the service's own `run`, an exit code.
+
+The same for all three; what a service does is known only in its own package.
+"""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import re
+import secrets
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from pagebus.bus.protocol import Bus, BusError
+from pagebus.cli.configured import configured
+from pagebus.cli.errors import CommandError, ExitCode
+from pagebus.cli.faults import end_for_model
+from pagebus.cli.lifeline import die_with_launcher, is_launched
+from pagebus.settings.model_files import ModelFilesError, resolve_model
+from pagebus.settings.structs import (
+    CommonSettings,
+    ExecutorSettings,
+    GatewaySettings,
+    SchedulerSettings,
+)
+from pagebus.telemetry import logs
+
+log = logging.getLogger("pagebus.cli.services")
+
+NATS_VARIABLE = "NATS_URL"
+ALIVE_VARIABLE = "PAGEBUS_ALIVE_FILE"
+_LOWER_PRIORITY = 5
+_NOT_PART = re.compile(r"[^A-Za-z0-9_-]+")
+
+Work = Callable[[Bus, str, asyncio.Event], Awaitable[None]]
+"""A service's `run` with its settings filled in: bus, instance name, stop."""
+
+
+def gateway(arguments: Sequence[str]) -> int:
+    """`pagebus gateway`."""
+    settings = configured(GatewaySettings, arguments)
+    if settings is None:
+        return ExitCode.OK
+    _begin("gateway", settings)
+    path = _model_directory(settings)
+
+    async def work(bus: Bus, name: str, stop: asyncio.Event) -> None:
+        from pagebus.gateway.service import run
+        from pagebus.gateway.text_errors import TokenizerLoadError
+        from pagebus.telemetry import tracing
+
+        traces = tracing.create("pagebus-gateway", name, settings.otlp_traces_endpoint)
+        try:
+            await run(settings, bus, path, name, stop, traces, reuse_port=settings.reuse_port)
+        except TokenizerLoadError as error:
+            raise end_for_model(str(error)) from error
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES):
+                raise
+            where = f"{settings.host}, port {settings.port}"
+            raise CommandError(f"--host, --port: cannot listen on {where}: {error.strerror}") from None
+        finally:
+            if traces:
+                await asyncio.to_thread(traces.close)
+
+    return _run("gateway", settings, work)
+
+
+def scheduler(arguments: Sequence[str]) -> int:
+    """`pagebus scheduler`."""
+    settings = configured(SchedulerSettings, arguments)
+    if settings is None:
+        return ExitCode.OK
+    _begin("scheduler", settings)
+
+    async def work(bus: Bus, name: str, stop: asyncio.Event) -> None:
+        from pagebus.scheduler.service import run
+        from pagebus.telemetry import tracing
+
+        traces = tracing.create("pagebus-scheduler", name, settings.otlp_traces_endpoint)
+        try:
+            await run(settings, bus, name, stop, traces.record if traces else None)
+        finally:
+            if traces:
+                await asyncio.to_thread(traces.close)
+
+    return _run("scheduler", settings, work)
+
+
+def executor(arguments: Sequence[str]) -> int:
+    """`pagebus executor`."""
+    settings = configured(ExecutorSettings, arguments)
+    if settings is None:
+        return ExitCode.OK
+    _begin("executor", settings)
+    path = _model_directory(settings)
+
+    async def work(bus: Bus, name: str, stop: asyncio.Event) -> None:
+        from pagebus.executor.errors import ModelError
+        from pagebus.executor.service import run
+
+        try:
+            await run(settings, bus, path, name, stop)
+        except ModelError as error:
+            raise end_for_model(str(error)) from error
+
+    return _run("executor", settings, work)
+
+
+def instance_name(role: str, given: str) -> str:
+    """The instance's name on the bus: the given one, or one that no other process has."""
+    if given:
+        return given
+    host = _NOT_PART.sub("-", socket.gethostname()).strip("-")[:40] or "host"
+    return f"{role}-{host}-{secrets.token_hex(4)}"
+
+
+def _begin(role: str, settings: CommonSettings) -> None:
+    die_with_launcher()
+    logs.configure(role, settings.log_level)
+    if is_launched() and role != "executor":
+        with contextlib.suppress(OSError):
+            os.nice(_LOWER_PRIORITY)  # a barrier of the executor's threads waits for whoever has the core
+
+
+def _model_directory(settings: CommonSettings) -> Path:
+    try:
+        return resolve_model(settings)
+    except ModelFilesError as error:
+        raise end_for_model(str(error)) from None
+
+
+def _run(role: str, settings: CommonSettings, work: Work) -> int:
+    from pagebus.bus.subjects import InvalidSubjectPartError, part
+
+    url = os.environ.get(NATS_VARIABLE, "")
+    if not url:
+        raise CommandError(
+            f"{NATS_VARIABLE} is not set; it names the bus, as in nats://user:password@host:4222"
+            " (pagebus serve starts a bus of its own)",
+            ExitCode.USAGE,
+        )
+    name = instance_name(role, settings.name)
+    try:
+        part(name)
+    except InvalidSubjectPartError as error:
+        raise CommandError(f"--name: {error}", ExitCode.USAGE) from None
+    with asyncio.Runner(loop_factory=_new_event_loop) as runner:
+        try:
+            runner.run(_connected(role, url, name, work))
+        except CommandError:
+            raise
+        except Exception as error:
+            log.exception("the service ended by an error", extra={"error": str(error)})
+            return ExitCode.FAILED
+    return ExitCode.OK
+
+
+def _new_event_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # where there is no uvloop asyncio's own loop does
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+async def _connected(role: str, url: str, name: str, work: Work) -> None:
+    from pagebus.bus.nats_bus import NatsBus
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _ask_to_stop, stop)
+    connecting = asyncio.create_task(NatsBus.connect(url, name=name), name="connect")
+    stopping = asyncio.create_task(stop.wait(), name="stop")
+    await asyncio.wait((connecting, stopping), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not connecting.done():  # no bus yet, and told to stop
+        connecting.cancel()
+        await asyncio.gather(connecting, return_exceptions=True)
+        return
+    try:
+        bus = connecting.result()
+    except (BusError, ValueError) as error:
+        raise CommandError(f"{NATS_VARIABLE}: {error}") from None
+    alive = asyncio.create_task(_show_life(bus), name="show life")
+    try:
+        log.debug("started", extra={"instance": name, "role": role})
+        await work(bus, name, stop)
+    finally:
+        alive.cancel()
+        with contextlib.suppress(BusError):
+            await bus.close()
+
+
+async def _show_life(bus: Bus) -> None:
+    """Touch the file that a container's health check looks at, each second while the bus is connected."""
+    name = os.environ.get(ALIVE_VARIABLE, "")
+    while name:
+        if bus.is_connected:
+            with contextlib.suppress(OSError):
+                os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600))
+                os.utime(name)
+        await asyncio.sleep(1.0)
+
+
+def _ask_to_stop(stop: asyncio.Event) -> None:
+    """The first signal asks; the second does not wait."""
+    if stop.is_set():
+        os._exit(ExitCode.INTERRUPTED)
+    stop.set()

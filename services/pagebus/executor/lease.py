@@ -1,0 +1,323 @@
+"""The executor's side of plans: which rows it holds, which steps it may still launch, what it has to report.
+
+A pure state machine: plans, outputs and durations in, row inputs and messages out. Knows no clock, no thread,
+no bus and no tensors.
+"""
+
+import enum
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pagebus.bus.messages import (
+    DecodeError,
+    Plan,
+    PoolGroup,
+    RowStart,
+    StepDone,
+    pack_handles,
+)
+from pagebus.executor.batch import RowInput, RowOutput
+from pagebus.executor.parsed import ParsedGrant, ParsedStep, parse
+from pagebus.executor.reports import Report, RowFailure, RowResult, make_report
+from pagebus.executor.rows import Row, flaw_of
+
+
+class Outcome(enum.Enum):
+    """What became of a plan. After a gap, a stale or an invalid plan the scheduler needs a `Hello`."""
+
+    TAKEN = "taken"
+    DUPLICATE = "duplicate"  # known already: acknowledge it again
+    STALE = "stale"  # of a lower epoch than one heard, or for another executor
+    GAP = "gap"  # a plan before it is missing
+    INVALID = "invalid"  # malformed: nothing of it was applied
+
+
+@dataclass(slots=True)
+class LaunchedStep:
+    """A step being computed: `inputs[i]` belongs to `rows[i]`; `plan` was the last one at its launch."""
+
+    epoch: int
+    plan: int
+    rows: list[Row]
+    inputs: list[RowInput]
+
+
+class View(NamedTuple):
+    """What a `Hello` says of the state, and whose requesters are to be probed."""
+
+    epoch: int
+    plan: int
+    num_steps: int
+    handles: bytes
+    has_gap: bool
+    lives: frozenset[str]
+
+
+class PlanState:
+    """Rows by handle and the lease. Not thread-safe: whoever runs the steps owns it.
+
+    One step is in flight at most: `next_step`, then `complete` or `fail_step`. Plans may be taken in
+    between; rows that they drop are still reported with the step that was launched with them.
+    """
+
+    def __init__(self, executor: str, pool: Sequence[PoolGroup], max_model_len: int) -> None:
+        self._executor = executor
+        self._pool = tuple(pool)
+        self._block_size = pool[0].block_size
+        self._max_model_len = max_model_len
+        self._epoch = 0
+        self._heard_epoch = 0
+        self._plan = 0
+        self._num_steps = 0
+        self._rows: dict[int, Row] = {}
+        self._lease: deque[ParsedStep] = deque()
+        self._in_flight: LaunchedStep | None = None
+        self._failures: list[RowFailure] = []
+        self._misses_plan = False  # until any plan is taken
+        self._needs_snapshot = False  # until a snapshot is taken
+
+    # -- what others ask ---------------------------------------------------------------------------------
+
+    @property
+    def view(self) -> View:
+        """The state as a `Hello` tells it. A higher epoch that was only heard shows as that epoch, plan 0."""
+        is_behind = self._heard_epoch > self._epoch
+        return View(
+            epoch=self._heard_epoch,
+            plan=0 if is_behind else self._plan,
+            num_steps=0 if is_behind else self._num_steps,
+            handles=pack_handles(sorted(self._rows)),
+            has_gap=is_behind or self._misses_plan or self._needs_snapshot,
+            lives=frozenset(row.start.life for row in self._rows.values() if row.start.life),
+        )
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether the scheduler must be asked for a plan or a snapshot."""
+        return self._heard_epoch > self._epoch or self._misses_plan or self._needs_snapshot
+
+    @property
+    def num_steps_left(self) -> int:
+        """Steps of the lease that are not launched yet."""
+        return len(self._lease)
+
+    def acknowledgement(self) -> StepDone:
+        """A bare one, for a plan that no step will acknowledge soon."""
+        return StepDone(
+            executor=self._executor, epoch=self._epoch, plan=self._plan, num_steps=self._num_steps
+        )
+
+    # -- plans -------------------------------------------------------------------------------------------
+
+    def hear(self, epoch: int) -> bool:
+        """Note a leader's epoch; True when it is higher than any heard before."""
+        if epoch <= self._heard_epoch:
+            return False
+        self._heard_epoch = epoch
+        return True
+
+    def take_plan(self, plan: Plan) -> Outcome:
+        """Apply a plan as the docstring of `Plan` says, or say why not; nothing is applied then."""
+        if plan.epoch < max(self._heard_epoch, 1) or plan.executor != self._executor:
+            return Outcome.STALE
+        self.hear(plan.epoch)
+        is_new_epoch = plan.epoch > self._epoch
+        if not is_new_epoch and plan.sequence <= self._plan:
+            return Outcome.DUPLICATE
+        if not plan.is_snapshot and (is_new_epoch or plan.sequence != self._plan + 1):
+            self._misses_plan = True
+            return Outcome.GAP
+        try:
+            parsed = parse(plan)
+        except DecodeError:
+            self._needs_snapshot = True
+            return Outcome.INVALID
+        if is_new_epoch:
+            self._enter_epoch(plan.epoch)
+        self._plan = plan.sequence
+        self._misses_plan = False
+        if plan.is_snapshot:
+            self._needs_snapshot = False
+            named = {start.handle for start in plan.rows}
+            self._rows = {handle: row for handle, row in self._rows.items() if handle in named}
+        for handle in parsed.released:
+            self._rows.pop(handle, None)
+        for start, stop_ids in parsed.starts:
+            self._add_row(start, stop_ids)
+        for grant in parsed.grants:
+            self._apply_grant(grant)
+        for step in parsed.steps:
+            self._check_chunks(step)
+        self._lease = deque(parsed.steps)
+        return Outcome.TAKEN
+
+    def _enter_epoch(self, epoch: int) -> None:
+        # A handle of another epoch names another row, and a new leader does not know which ids were made
+        # since: nothing is carried over, requesters ask the new leader again.
+        self._epoch = epoch
+        self._plan = 0
+        self._num_steps = 0
+        self._rows = {}
+        self._failures = []
+
+    def _add_row(self, start: RowStart, stop_ids: frozenset[int]) -> None:
+        if start.handle in self._rows:
+            return
+        row = Row(start, stop_ids, num_groups=len(self._pool), block_size=self._block_size)
+        self._rows[start.handle] = row
+        flaw = flaw_of(start, self._max_model_len)
+        if flaw is not None:
+            self._fail(row, f"the row cannot start: {flaw}")
+
+    def _apply_grant(self, grant: ParsedGrant) -> None:
+        row = self._rows.get(grant.handle)
+        if row is None or row.is_over:
+            return
+        num_groups, offset, blocks = len(self._pool), grant.offset, grant.blocks
+        max_entries = -(-self._max_model_len // self._block_size)
+        if not 0 <= grant.group < num_groups:
+            self._fail(row, f"a grant names group {grant.group} of {num_groups}")
+        elif offset < 0 or offset + len(blocks) > max_entries:
+            self._fail(row, f"a grant of {len(blocks)} blocks at {offset}; a table has {max_entries}")
+        elif blocks and not (min(blocks) >= -1 and max(blocks) < self._pool[grant.group].num_blocks):
+            self._fail(row, f"a granted block is outside the pool of {self._pool[grant.group].num_blocks}")
+        else:
+            flaw = row.grant(grant.group, offset, blocks)
+            if flaw is not None:
+                self._fail(row, flaw)
+
+    def _check_chunks(self, step: ParsedStep) -> None:
+        for chunk in step.chunks:
+            row = self._rows.get(chunk.handle)
+            if row is None or row.is_over:
+                continue
+            start, end, num_ids = chunk.start, chunk.end, row.start.num_ids
+            if not 0 <= start < end <= num_ids or len(chunk.ids) != end - start:
+                self._fail(row, f"a chunk [{start}, {end}) with {len(chunk.ids)} ids; the row has {num_ids}")
+
+    # -- steps -------------------------------------------------------------------------------------------
+
+    def next_step(self) -> LaunchedStep | None:
+        """The next step of the lease with what its rows compute, or None when nothing can be launched.
+
+        Steps in which every row is skipped are dropped. Raises `RuntimeError` while a step is in flight.
+        """
+        if self._in_flight is not None:
+            raise RuntimeError("a step is in flight already")
+        while self._lease:
+            step = self._lease.popleft()
+            launched = LaunchedStep(self._epoch, self._plan, [], [])
+            self._fill(launched, step)
+            if launched.rows:
+                self._in_flight = launched
+                return launched
+        return None
+
+    def _fill(self, launched: LaunchedStep, step: ParsedStep) -> None:
+        """Put the rows of `step` that can run into `launched`, each once, prefill first."""
+        taken: set[int] = set()
+        for chunk in step.chunks:
+            row = self._rows.get(chunk.handle)
+            if row is None or row.is_over or chunk.handle in taken:
+                continue
+            if chunk.start > row.position:
+                self._needs_snapshot = True
+                continue
+            row_input = row.prefill_input(chunk)
+            if row_input is not None:
+                taken.add(chunk.handle)
+                launched.rows.append(row)
+                launched.inputs.append(row_input)
+        for handle in step.decode:
+            row = self._rows.get(handle)
+            if row is None or handle in taken:
+                continue
+            row_input = row.decode_input()
+            if row_input is not None:
+                taken.add(handle)
+                launched.rows.append(row)
+                launched.inputs.append(row_input)
+
+    def complete(self, step: LaunchedStep, outputs: Sequence[RowOutput], duration_s: float) -> Report | None:
+        """The step in flight made `outputs` (one a row): what to send.
+
+        None where nothing is left to say: a step of a former epoch, or all its rows ended meanwhile. Raises
+        `ValueError` where there is not one output a row; the step is still in flight then.
+        """
+        if len(outputs) != len(step.rows):
+            raise ValueError(f"{len(outputs)} outputs for {len(step.rows)} rows")
+        self._land(step)
+        if step.epoch != self._epoch:
+            return None
+        results: list[RowResult] = []
+        failures: list[RowFailure] = []
+        for row, row_input, output in zip(step.rows, step.inputs, outputs, strict=True):
+            if row.is_over:
+                continue
+            made = output.id if row_input.is_sampled else None
+            error = output.error
+            if error is None and row_input.is_sampled and (made is None or not 0 <= made < 1 << 31):
+                error = f"the model made {made} as an id"
+            if error is not None:
+                row.error = error
+                failures.append(RowFailure(row, error, "row_failed", is_retryable=False))
+                continue
+            row.advance(len(row_input.ids), made)
+            results.append(RowResult(row, made))
+        return self._report(step.plan, results, failures, duration_s)
+
+    def fail_step(self, step: LaunchedStep, message: str, duration_s: float) -> Report | None:
+        """The step in flight raised: its rows failed, requesters may ask again. None as for `complete`."""
+        self._land(step)
+        if step.epoch != self._epoch:
+            return None
+        failures = []
+        for row in step.rows:
+            if not row.is_over:
+                row.error = message
+                failures.append(RowFailure(row, message, "step_failed", is_retryable=True))
+        return self._report(step.plan, [], failures, duration_s)
+
+    def _land(self, step: LaunchedStep) -> None:
+        if step is not self._in_flight:
+            raise RuntimeError("this step is not in flight")
+        self._in_flight = None
+
+    # -- rows that end outside a step --------------------------------------------------------------------
+
+    def end_requesters(self, lives: frozenset[str]) -> None:
+        """Nobody listens on these life subjects any more: their rows end."""
+        for row in self._rows.values():
+            if row.start.life in lives and not row.is_over:
+                row.error = "nobody listens"
+                self._failures.append(RowFailure(row, "nobody listens", "nobody_listens", is_retryable=True))
+
+    def _fail(self, row: Row, message: str) -> None:
+        if not row.is_over:
+            row.error = message
+            self._failures.append(RowFailure(row, message, "row_failed", is_retryable=False))
+
+    def report_failures(self) -> Report | None:
+        """Rows that ended outside a step, as a step of their own: so it is repeated until acknowledged."""
+        if not self._failures:
+            return None
+        failures, self._failures = self._failures, []
+        return self._report(self._plan, [], failures, 0.0)
+
+    def _report(
+        self, plan: int, results: list[RowResult], failures: list[RowFailure], duration_s: float
+    ) -> Report | None:
+        if not results and not failures:
+            return None
+        self._num_steps += 1
+        return make_report(
+            executor=self._executor,
+            epoch=self._epoch,
+            plan=plan,
+            num_steps=self._num_steps,
+            results=results,
+            failures=failures,
+            duration_s=duration_s,
+        )

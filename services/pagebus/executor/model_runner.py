@@ -1,0 +1,228 @@
+"""A model with its pages: prepare, forward, sample. Knows rows and tables, no plan, no text and no bus."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from pagebus.bus.messages import PoolGroup
+from pagebus.executor.attention import AttentionCall, answering
+from pagebus.executor.batch import RowInput, RowOutput
+from pagebus.executor.errors import ModelError
+from pagebus.executor.kv_cache import PagedCache
+from pagebus.executor.loader import LoadedModel, load_model
+from pagebus.executor.memory import num_kv_blocks, num_physical_cores
+from pagebus.executor.sampling import Draw, sample
+from pagebus.kernels.kv_write import BLOCK_SIZE
+from pagebus.kernels.paged_attention import RowSpan
+from pagebus.settings.structs import ExecutorSettings
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """The good rows of a step in the order of the flat batch: rows of one token first."""
+
+    rows: list[int]  # index among the step's rows
+    ids: torch.Tensor  # [1, padded tokens]
+    positions: torch.Tensor  # [1, padded tokens]
+    last: list[int]  # flat index of each row's last token
+    spans: list[list[RowSpan]]  # by KV group, then row
+
+
+class ModelRunner:
+    """Runs steps of a loaded model on pages of its own."""
+
+    def __init__(self, loaded: LoadedModel, num_blocks: int) -> None:
+        self._loaded = loaded
+        self._device = loaded.device
+        self._cache = PagedCache(loaded.specs, num_blocks, loaded.dtype, loaded.device)
+        self._is_finite = torch.empty(0, dtype=torch.bool)
+        base = loaded.model.base_model
+        if base is loaded.model:
+            raise ModelError(f"{loaded.model.config.model_type} has no model below its head")
+        base.register_forward_hook(self._note_finite)
+
+    @property
+    def pool(self) -> tuple[PoolGroup, ...]:
+        return self._cache.pool
+
+    @property
+    def max_model_len(self) -> int:
+        return self._loaded.max_model_len
+
+    @torch.inference_mode()
+    def step(self, rows: Sequence[RowInput]) -> list[RowOutput]:
+        """Write the rows' KV, attend, and sample: one output a row, in order. A bad row fails alone."""
+        outputs = [RowOutput(error=self._flaw(row)) for row in rows]
+        good = [i for i, output in enumerate(outputs) if output.error is None]
+        if not good:
+            return outputs
+        batch = self._prepare(rows, good)
+        sampled = [n for n, i in enumerate(batch.rows) if rows[i].is_sampled]
+        logits = self._forward(batch, [batch.last[n] for n in sampled])
+        self._fail_broken(rows, batch, outputs)
+        self._sample(rows, [batch.rows[n] for n in sampled], logits, outputs)
+        return outputs
+
+    def logits(self, rows: Sequence[RowInput]) -> torch.Tensor:
+        """As `step`, but the logits after each row's last id, [rows, vocabulary]. Raises on a bad row."""
+        flaws = [flaw for row in rows if (flaw := self._flaw(row)) is not None]
+        if flaws:
+            raise ValueError(flaws[0])
+        with torch.inference_mode():
+            batch = self._prepare(rows, list(range(len(rows))))
+            found = self._forward(batch, batch.last)
+        return found[torch.tensor(batch.rows, device=self._device).argsort()]
+
+    def _flaw(self, row: RowInput) -> str | None:
+        """What keeps this row from being computed, or None."""
+        num_tokens = len(row.ids)
+        if num_tokens == 0:
+            return "the row has no ids"
+        if min(row.ids) < 0 or max(row.ids) >= self._loaded.vocab_size:
+            return f"an id lies outside the vocabulary of {self._loaded.vocab_size}"
+        end = row.start + num_tokens
+        if row.start < 0 or end > self.max_model_len:
+            return f"position {end - 1} lies beyond the context of {self.max_model_len}"
+        if len(row.tables) != len(self._cache.windows):
+            return f"{len(row.tables)} block tables for {len(self._cache.windows)} KV groups"
+        first, last = row.start // BLOCK_SIZE, (end - 1) // BLOCK_SIZE
+        for table, window in zip(row.tables, self._cache.windows, strict=True):
+            needed = first if window is None else max(0, row.start - window + 1) // BLOCK_SIZE
+            seen = table[0 if window is None else needed : last + 1]
+            if len(table) <= last or min(seen) < 0 or max(seen) >= self._cache.num_blocks:
+                return f"the block table does not cover positions up to {end - 1}"
+        return None
+
+    def _prepare(self, rows: Sequence[RowInput], good: list[int]) -> _Batch:
+        """Beat one: flat ids and positions, and where everything lies."""
+        order = sorted(good, key=lambda i: len(rows[i].ids) > 1)
+        counts = [len(rows[i].ids) for i in order]
+        ends = np.cumsum(counts)
+        num_tokens = int(ends[-1])
+        padded = padded_size(num_tokens) if self._device.type == "cpu" else num_tokens
+        ids = np.zeros(padded, dtype=np.int64)
+        positions = np.zeros(padded, dtype=np.int64)
+        spans: list[list[RowSpan]] = [[] for _ in self._cache.windows]
+        for i, count, end in zip(order, counts, ends.tolist(), strict=True):
+            row = rows[i]
+            ids[end - count : end] = row.ids
+            positions[end - count : end] = np.arange(row.start, row.start + count)
+            for group, table in enumerate(row.tables):
+                span = RowSpan(end - count, count, row.start, np.asarray(table, dtype=np.int64))
+                spans[group].append(span)
+        return _Batch(
+            rows=order,
+            ids=torch.from_numpy(ids).to(self._device)[None],
+            positions=torch.from_numpy(positions).to(self._device)[None],
+            last=(ends - 1).tolist(),
+            spans=spans,
+        )
+
+    def _forward(self, batch: _Batch, wanted: list[int]) -> torch.Tensor:
+        """Beat two: the logits after the flat tokens `wanted`, float [len(wanted), vocabulary]."""
+        steps = self._cache.plan(batch.spans)
+
+        def attend(call: AttentionCall) -> torch.Tensor:
+            return self._cache.attend(call, steps)
+
+        # The head computes few rows, and as many as kernels exist for: padded like the tokens.
+        keep = wanted + [0] * (padded_size(len(wanted)) - len(wanted))
+        with answering(attend):
+            out = self._loaded.model(
+                input_ids=batch.ids,
+                position_ids=batch.positions,
+                use_cache=False,
+                logits_to_keep=torch.tensor(keep, device=self._device),
+            )
+        logits: torch.Tensor = out.logits
+        return logits[0, : len(wanted)]
+
+    def _note_finite(self, _module: nn.Module, _inputs: object, output: object) -> None:
+        """After the model's body: which tokens' hidden states are finite."""
+        hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state  # type: ignore[attr-defined]
+        self._is_finite = torch.isfinite(hidden[0].sum(-1))
+
+    def _fail_broken(self, rows: Sequence[RowInput], batch: _Batch, outputs: list[RowOutput]) -> None:
+        """Rows with NaN or infinity fail, and their blocks are cleared before anyone else gets them."""
+        is_finite = self._is_finite.tolist()
+        if all(is_finite):
+            return
+        for i, last in zip(batch.rows, batch.last, strict=True):
+            first = last + 1 - len(rows[i].ids)
+            if not all(is_finite[first : last + 1]):
+                outputs[i].error = "the model made values that are not finite"
+                self._clear(rows[i])
+
+    def _clear(self, row: RowInput) -> None:
+        """Zero the blocks that this step wrote; blocks before them may be shared, and were written finite."""
+        first = row.start // BLOCK_SIZE
+        self._cache.clear([list(table[first:]) for table in row.tables])
+
+    def _sample(
+        self, rows: Sequence[RowInput], sampled: list[int], logits: torch.Tensor, outputs: list[RowOutput]
+    ) -> None:
+        """Beat three: one id for each of the rows `sampled`, whose logits stand in that order."""
+        is_finite = torch.isfinite(logits.amax(-1)).tolist()
+        chosen = [n for n, i in enumerate(sampled) if is_finite[n] and outputs[i].error is None]
+        for n, i in enumerate(sampled):
+            if not is_finite[n] and outputs[i].error is None:
+                outputs[i].error = "the model made logits that are not finite"
+        if not chosen:
+            return
+        draws = [Draw(rows[i].sampling, rows[i].choice, rows[i].index) for i in (sampled[n] for n in chosen)]
+        picked = logits if len(chosen) == len(sampled) else logits[chosen]
+        for n, token in zip(chosen, sample(picked, draws).tolist(), strict=True):
+            outputs[sampled[n]].id = token
+
+
+def padded_size(num_tokens: int) -> int:
+    """Tokens computed for `num_tokens`: oneDNN compiles a kernel a size (a millisecond each), so sizes are few.
+
+    Steps of 2 up to 16, then about an eighth more at most.
+    """
+    step = 2
+    while step * 16 < num_tokens and step < 64:
+        step *= 2
+    return max(2, -(-num_tokens // step) * step)
+
+
+def build_runner(settings: ExecutorSettings, path: Path) -> ModelRunner:
+    """The model in `path` on the device that the settings name, with as many blocks as memory allows.
+
+    Sets torch's threads. Raises `ModelError`.
+    """
+    device = _choose_device(settings)
+    if device == "cpu":
+        torch.set_num_threads(settings.num_threads or num_physical_cores())
+    loaded = load_model(
+        path,
+        dtype=settings.dtype,
+        device=device,
+        load_format=settings.load_format,
+        seed=settings.seed,
+        max_model_len=settings.max_model_len,
+    )
+    num_blocks = num_kv_blocks(
+        bytes_a_block=sum(spec.bytes_a_block(loaded.dtype) for spec in loaded.specs),
+        max_model_len=loaded.max_model_len,
+        device=loaded.device,
+        kv_cache_memory=settings.kv_cache_memory,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+    )
+    return ModelRunner(loaded, num_blocks)
+
+
+def _choose_device(settings: ExecutorSettings) -> Literal["cpu", "cuda"]:
+    if settings.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("--device cuda: this machine has no CUDA device that torch can use")
+    return settings.device

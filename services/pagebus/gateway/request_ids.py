@@ -1,0 +1,20 @@
+"""Identities of requests: our own random ones, and the client's `x-request-id` made harmless."""
+
+import re
+import secrets
+
+_ALLOWED = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
+
+
+def new_request_id() -> str:
+    """A random 128-bit id, fit to be a part of a subject; it never comes from a client."""
+    return secrets.token_hex(16)
+
+
+def echoed_request_id(header: bytes | None) -> str:
+    """The client's `x-request-id` if it is short and harmless in a header and a log, else a new id."""
+    if header is not None:
+        text = header.decode("latin-1").strip()
+        if _ALLOWED.fullmatch(text):
+            return text
+    return new_request_id()

@@ -1,0 +1,95 @@
+"""From a request's bytes and headers to a typed request: what both POST routes do before they tokenize."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import msgspec
+
+from pagebus.gateway.context import GatewayContext
+from pagebus.gateway.errors import ApiError, from_decode_error, invalid
+from pagebus.gateway.generation import GenerationRequest
+from pagebus.gateway.limits import Receive, Scope, read_body
+from pagebus.gateway.openai_types import CommonRequest, sampling_of
+from pagebus.gateway.request_ids import new_request_id
+from pagebus.gateway.text_errors import TextError, TokenizerBusyError
+from pagebus.gateway.tracing import RequestTrace
+
+_Request = TypeVar("_Request", bound=CommonRequest)
+_TRACE_HEADERS = frozenset({b"traceparent", b"tracestate"})
+
+
+async def read_request(
+    context: GatewayContext, scope: Scope, receive: Receive, decoder: msgspec.json.Decoder[_Request]
+) -> _Request:
+    """The decoded body; raises `ApiError` for everything that is wrong with it."""
+    body = await read_body(scope, receive, context.max_body_bytes)
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise from_decode_error(error) from None
+
+
+def start_trace(context: GatewayContext, scope: Scope, request: CommonRequest, model: str) -> RequestTrace:
+    """The request's trace, a child of the client's W3C context."""
+    headers: Mapping[str, str] = {
+        name.decode("latin-1"): value.decode("latin-1")
+        for name, value in scope["headers"]
+        if name in _TRACE_HEADERS
+    }
+    route = str(scope["path"])
+    return context.telemetry.start_request(
+        f"POST {route}",
+        headers,
+        {
+            "http.request.method": "POST",
+            "http.route": route,
+            "url.path": route,
+            "gen_ai.operation.name": "chat" if route.startswith("/v1/chat/") else "text_completion",
+            "gen_ai.provider.name": "pagebus",
+            "gen_ai.request.model": model,
+            "gen_ai.request.choice.count": request.num_choices,
+            "gen_ai.request.stream": bool(request.stream),
+        },
+    )
+
+
+def generation_request(
+    context: GatewayContext,
+    tenant: str,
+    request: CommonRequest,
+    prompt: list[int],
+    max_tokens: int | None,
+    default_max_tokens: int | None,
+) -> GenerationRequest:
+    """What the request asks for, for one of its prompts."""
+    if max_tokens is not None and (request.min_tokens or 0) > max_tokens:
+        raise invalid(f"min_tokens is {request.min_tokens}, more than max_tokens {max_tokens}", "min_tokens")
+    vocab_size = context.tokenizer.vocab_size
+    stop_ids = request.stop_token_ids or ()
+    if any(token_id >= vocab_size for token_id in stop_ids):
+        raise invalid(f"a stop token id is outside the vocabulary of {vocab_size}", "stop_token_ids")
+    return GenerationRequest(
+        request_id=new_request_id(),
+        prompt=prompt,
+        num_choices=request.num_choices,
+        sampling=sampling_of(request),
+        max_tokens=max_tokens,
+        default_max_tokens=default_max_tokens,
+        min_tokens=request.min_tokens or 0,
+        stop=request.stop_strings,
+        stop_token_ids=stop_ids,
+        ignore_eos=bool(request.ignore_eos),
+        include_stop=bool(request.include_stop_str_in_output),
+        skip_special_tokens=request.skip_special_tokens is not False,
+        priority=request.priority or 0,
+        tenant=tenant,
+        cache_salt=request.cache_salt or "",
+        timeout_s=request.timeout_s or context.request_timeout_s,
+    )
+
+
+def from_text_error(error: TextError | TokenizerBusyError, param: str) -> ApiError:
+    """The text layer's refusals: the client's text at fault, or too much of it waiting."""
+    if isinstance(error, TokenizerBusyError):
+        return ApiError(503, str(error), code="tokenizer_busy", retry_after_s=1.0)
+    return invalid(str(error), param)

@@ -1,0 +1,124 @@
+"""Serves HTTP on a socket until told to stop, then drains; and the parts that all routes share.
+
+It knows uvicorn and the application, not where models and requesters come from.
+"""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+
+from pagebus.bus.protocol import Bus
+from pagebus.gateway.app import build_app
+from pagebus.gateway.auth import Keys
+from pagebus.gateway.connection import GatewayConnection
+from pagebus.gateway.context import GatewayContext
+from pagebus.gateway.counters import Counters
+from pagebus.gateway.generation import Generations
+from pagebus.gateway.sse import StreamClock
+from pagebus.gateway.submitter import Submitter
+from pagebus.gateway.tokenizer import Tokenizer
+from pagebus.gateway.tracing import NoTelemetry, Telemetry
+from pagebus.settings.structs import GatewaySettings
+
+DRAIN_GRACE_S = 25.0
+"""How long running answers may go on after `stop`; then they end with an error event."""
+
+_AFTER_GRACE_S = 2
+_KEEP_ALIVE_S = 65
+_BACKLOG = 2048
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without signal handlers: the process's main owns these."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone."""
+        yield
+
+
+def listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
+    """A bound socket (port 0: a free one); `reuse_port` lets several gateways share it. Raises `OSError`."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.create_server((host, port), family=family, backlog=_BACKLOG, reuse_port=reuse_port)
+    bound.setblocking(False)
+    return bound
+
+
+def make_context(
+    settings: GatewaySettings,
+    bus: Bus,
+    submitter: Submitter,
+    tokenizer: Tokenizer,
+    telemetry: Telemetry | None = None,
+) -> GatewayContext:
+    """The parts that every way into the gateway shares, from its settings."""
+    counters = Counters()
+    return GatewayContext(
+        served_names=settings.served_model_name or (settings.model_name,),
+        bus=bus,
+        submitter=submitter,
+        tokenizer=tokenizer,
+        generations=Generations(
+            submitter,
+            tokenizer,
+            counters,
+            model=settings.model_name,
+            max_model_len=settings.max_model_len,
+        ),
+        counters=counters,
+        keys=Keys(settings.api_key),
+        clock=StreamClock(settings.keep_alive_interval_s),
+        max_body_bytes=settings.max_body_bytes,
+        request_timeout_s=settings.request_timeout_s,
+        telemetry=telemetry or NoTelemetry(),
+    )
+
+
+async def serve(
+    context: GatewayContext, sock: socket.socket, stop: asyncio.Event, drain_grace_s: float = DRAIN_GRACE_S
+) -> None:
+    """Serve HTTP on a bound socket until `stop`; then accept nothing new, let running answers end, and end
+    those that are left after the grace with an error event."""
+    server = _Server(
+        uvicorn.Config(
+            build_app(context),
+            http=GatewayConnection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=int(drain_grace_s) + _AFTER_GRACE_S,
+        )
+    )
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+        server.should_exit = True
+        context.generations.is_draining = True
+        hurry = asyncio.get_running_loop().call_later(
+            drain_grace_s,
+            context.generations.fail_all,
+            "server_shutting_down",
+            "this gateway is shutting down",
+        )
+        try:
+            await serving
+            await _until_idle(context.generations)
+        finally:
+            hurry.cancel()
+
+
+async def _until_idle(generations: Generations) -> None:
+    """What runs without an HTTP connection may end too; after the grace it was ended."""
+    while generations.num_live:  # noqa: ASYNC110
+        await asyncio.sleep(0.05)

@@ -1,0 +1,1 @@
+"""Continuous batches and KV blocks; no torch, no text."""

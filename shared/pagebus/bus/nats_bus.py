@@ -1,0 +1,296 @@
+"""The project's one NATS connection: `Bus` on a real server, reconnecting for ever, losses counted."""
+
+import asyncio
+import logging
+import secrets
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from nats import errors
+from nats.aio.subscription import Subscription as NatsSubscription
+
+from pagebus.bus import guard
+from pagebus.bus.nats_client import ClosedForGoodError, GuardedClient, frame
+from pagebus.bus.nats_kv import NatsKeyValue
+from pagebus.bus.protocol import (
+    Handler,
+    Msg,
+    NoRespondersError,
+    NotConnectedError,
+    NotPermittedError,
+    RequestTimeoutError,
+)
+
+_log = logging.getLogger(__name__)
+
+_CONNECT_TIMEOUT_S = 2
+_PING_INTERVAL_S = 1
+_MAX_OUTSTANDING_PINGS = 2
+_FLUSH_TIMEOUT_S = 2
+
+
+class _NatsSubscription:
+    """A live subscription of a `NatsBus`."""
+
+    def __init__(self, client: GuardedClient, subscription: NatsSubscription) -> None:
+        self._client = client
+        self._subscription = subscription
+
+    async def unsubscribe(self) -> None:
+        """Stop it; the handler is not called again."""
+        self._client.forget(self._subscription)
+        try:
+            await self._subscription.unsubscribe()
+        except errors.Error:  # closed: nothing is left to stop
+            return
+
+
+class NatsBus:
+    """One connection to NATS. `counters` tells what was received, dropped, poisoned, refused and reconnected.
+
+    Made by `NatsBus.connect`. Handlers run inside the read loop: they return at once.
+    """
+
+    def __init__(self, name: str, inbox_prefix: str, on_closed: Callable[[], None] | None) -> None:
+        self.name = name
+        self.counters: Counter[str] = Counter()
+        self._client = GuardedClient(self.counters)
+        self._inbox = f"{inbox_prefix}.{secrets.token_hex(8)}"
+        self._inbox_prefix = inbox_prefix
+        self._inbox_lock = asyncio.Lock()
+        self._has_inbox = False
+        self._answers: dict[str, asyncio.Future[Msg]] = {}
+        self._num_requests = 0
+        self._callbacks: list[Callable[[], Awaitable[None]]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._on_closed = on_closed or _exit_process
+        self._is_closing = False
+        self._has_connected = False
+        self._has_told = False
+        self._where = ""
+        self._buckets: dict[str, NatsKeyValue] = {}
+
+    @classmethod
+    async def connect(
+        cls,
+        url: str | Sequence[str],
+        *,
+        name: str,
+        inbox_prefix: str | None = None,
+        timeout_s: float | None = None,
+        on_closed: Callable[[], None] | None = None,
+    ) -> "NatsBus":
+        """Connect to `nats://user:password@host:port` (one or several), waiting until a server answers.
+
+        `inbox_prefix` is where answers to requests arrive: by default `_INBOX_<user>`, `_INBOX` without a
+        user. `on_closed` is called when the connection is closed for good; by default the process exits
+        with 1. Raises `NotPermittedError` for a refused user, `NotConnectedError` after `timeout_s` (None:
+        waits for ever), `ValueError` for what is no URL.
+        """
+        addresses = [_Address(one) for one in ([url] if isinstance(url, str) else url)]
+        user = addresses[0].user
+        prefix = inbox_prefix or (f"_INBOX_{user}" if user else "_INBOX")
+        guard.check_publish(prefix)
+        bus = cls(name, prefix, on_closed)
+        try:
+            await asyncio.wait_for(bus._connect(addresses), timeout_s)
+        except ClosedForGoodError as error:
+            raise NotPermittedError(str(error)) from None
+        except TimeoutError:
+            raise NotConnectedError(f"no bus answered at {addresses[0].shown} within {timeout_s} s") from None
+        return bus
+
+    async def _connect(self, addresses: "Sequence[_Address]") -> None:
+        self._where = ", ".join(address.shown for address in addresses)
+        await self._client.connect(
+            servers=[address.shown for address in addresses],
+            user=addresses[0].user or None,
+            password=addresses[0].password or None,
+            name=self.name,
+            inbox_prefix=self._inbox_prefix,
+            connect_timeout=_CONNECT_TIMEOUT_S,
+            ping_interval=_PING_INTERVAL_S,
+            max_outstanding_pings=_MAX_OUTSTANDING_PINGS,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=0.1,  # type: ignore[arg-type]  # said to be an int, only ever slept
+            pending_size=0,
+            error_cb=self._failed,
+            closed_cb=self._closed,
+            disconnected_cb=self._disconnected,
+            reconnected_cb=self._reconnected,
+        )
+        self._has_connected = True
+        self._client.start_watch()
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether a publish would be sent now."""
+        return self._client.is_connected
+
+    @property
+    def max_payload(self) -> int:
+        """Largest payload including headers, in bytes; the server's own limit."""
+        return self._client.max_payload
+
+    async def publish(
+        self, subject: str, data: bytes, *, reply: str = "", headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Send once; never buffers while disconnected.
+
+        Raises `NotConnectedError`, `PayloadTooLargeError`, `InvalidMessageError`.
+        """
+        guard.check_publish(subject)
+        if reply:
+            guard.check_publish(reply)
+        guard.check_size(guard.headers_size(headers) + len(data), self._client.max_payload)
+        self.counters["published"] += 1
+        await self._client.publish_frame(frame(subject, data, reply, headers))
+
+    async def request(self, subject: str, data: bytes, *, timeout_s: float) -> Msg:
+        """Send and wait for one answer.
+
+        Raises `NoRespondersError`, `RequestTimeoutError`, `NotConnectedError`.
+        """
+        await self._open_inbox()
+        self._num_requests += 1
+        inbox = f"{self._inbox}.{self._num_requests}"
+        answer: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+        self._answers[inbox] = answer
+        try:
+            await self.publish(subject, data, reply=inbox)
+            message = await asyncio.wait_for(answer, timeout_s)
+        except TimeoutError:
+            raise RequestTimeoutError(f"no answer on {subject} within {timeout_s} s") from None
+        finally:
+            self._answers.pop(inbox, None)
+        if message.is_no_responders:
+            raise NoRespondersError(f"nobody listens on {subject}")
+        return message
+
+    async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> _NatsSubscription:
+        """Deliver messages on `subject` (may hold `*`, `>`) to `handler`; each to one of a `queue` group.
+
+        On return the server knows it, if it is connected. Raises `NotPermittedError`, `NotConnectedError`
+        when the connection is closed for good.
+        """
+        guard.check_subscribe(subject)
+        try:
+            subscription = await self._client.subscribe_direct(subject, queue, handler)
+        except errors.Error as error:
+            raise NotConnectedError(f"cannot subscribe to {subject}: {error}") from error
+        if self.is_connected:
+            try:
+                await self._client.flush(timeout=_FLUSH_TIMEOUT_S)
+            except errors.Error:
+                self.counters["flush_timeouts"] += 1
+        result = _NatsSubscription(self._client, subscription)
+        if subject.lower() in self._client.denied_subscriptions:
+            self._client.denied_subscriptions.discard(subject.lower())
+            await result.unsubscribe()
+            raise NotPermittedError(f"this user may not subscribe to {subject}")
+        return result
+
+    async def key_value(self, bucket: str) -> NatsKeyValue:
+        """The bucket, made if absent. Raises `BusError` when JetStream does not answer."""
+        if bucket not in self._buckets:
+            guard.check_publish(bucket)
+            self._buckets[bucket] = await NatsKeyValue.open(self._client, bucket)
+        return self._buckets[bucket]
+
+    def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
+        """Run `callback` after every reconnect: messages may have been lost."""
+        self._callbacks.append(callback)
+
+    async def close(self) -> None:
+        """Send what is pending and close."""
+        if self._is_closing:
+            return
+        self._is_closing = True
+        self._client.stop_watch()
+        if self.is_connected:
+            try:
+                await self._client.flush(timeout=_FLUSH_TIMEOUT_S)
+            except errors.Error:
+                self.counters["flush_timeouts"] += 1
+        for task in list(self._tasks):
+            task.cancel()
+        self._fail_answers()
+        await self._client.close()
+
+    async def _open_inbox(self) -> None:
+        """Subscribe once, whoever asks first, to the inbox that all answers come to."""
+        async with self._inbox_lock:
+            if not self._has_inbox:
+                await self.subscribe(f"{self._inbox}.*", self._take_answer)
+                self._has_inbox = True
+
+    def _take_answer(self, message: Msg) -> None:
+        answer = self._answers.get(message.subject)
+        if answer is not None and not answer.done():
+            answer.set_result(message)
+
+    async def _failed(self, error: Exception) -> None:
+        """nats-py's error callback: counts; before the first connection it says once what it waits for."""
+        self.counters["dropped" if isinstance(error, errors.SlowConsumerError) else "errors"] += 1
+        if self._has_connected:
+            return
+        if "authorization" in str(error).lower():
+            raise ClosedForGoodError(f"the bus at {self._where} refuses this user or its password")
+        if not self._has_told:
+            self._has_told = True
+            _log.warning("waiting for the bus at %s (%s)", self._where, error or type(error).__name__)
+
+    async def _disconnected(self) -> None:
+        if not self._is_closing:
+            self.counters["disconnects"] += 1
+            _log.warning("%s lost the bus", self.name)
+        self._fail_answers()
+
+    def _fail_answers(self) -> None:
+        """Answers under way are lost with the connection: those who wait learn it now."""
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(NotConnectedError("the bus was lost while waiting for an answer"))
+
+    async def _reconnected(self) -> None:
+        self.counters["reconnects"] += 1
+        _log.info("%s is back on the bus", self.name)
+        for callback in self._callbacks:
+            task = asyncio.get_running_loop().create_task(self._run(callback))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, callback: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await callback()
+        except Exception:
+            self.counters["callback_errors"] += 1
+            _log.exception("a reconnect callback failed")
+
+    async def _closed(self) -> None:
+        if not self._is_closing:
+            _log.error("%s: the bus connection is closed for good", self.name)
+            self._on_closed()
+
+
+class _Address:
+    """A NATS URL: what to connect to, as whom, and what may be shown of it."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url if "://" in url else f"nats://{url}")
+        if parts.scheme not in ("nats", "tls") or not parts.hostname:
+            raise ValueError(f"not a NATS URL: {parts.scheme}://{parts.hostname or ''}")
+        self.user = unquote(parts.username or "")
+        self.password = unquote(parts.password or "")
+        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        self.shown = urlunsplit((parts.scheme, f"{host}:{parts.port or 4222}", "", "", ""))
+
+
+def _exit_process() -> None:
+    """End the process with 1: without a bus there is nothing it could do. Whoever watches it restarts it."""
+    asyncio.get_running_loop().call_soon(_raise_exit)
+
+
+def _raise_exit() -> None:
+    raise SystemExit(1)

@@ -1,0 +1,218 @@
+"""nats-py's client with its traps closed, direct dispatch to handlers, and one write a turn of the loop.
+
+Owns the connection's internals only; `NatsBus` beside it is what the project uses. The traps that are guarded
+here are listed in README.md of this folder, each with its test.
+"""
+
+import asyncio
+import logging
+import random
+from collections import Counter
+from collections.abc import Mapping
+
+from nats.aio.client import Client
+from nats.aio.subscription import Subscription as NatsSubscription
+from nats.aio.transport import TcpTransport
+
+from pagebus.bus.protocol import Handler, Msg, NotConnectedError
+
+_log = logging.getLogger(__name__)
+
+MAX_UNSENT_BYTES = 16 << 20
+"""What may wait in the socket's buffer before publishers have to wait."""
+
+_UNSENT_TIMEOUT_S = 2.0
+_RECONNECT_WAIT_S = (0.05, 0.3)
+_WATCH_INTERVAL_S = 0.2
+_PERMISSIONS = "permissions violation"
+_DENIED_SUBSCRIPTION = 'subscription to "'
+
+
+class ClosedForGoodError(Exception):
+    """The server refuses this user; trying again would not help."""
+
+
+class GuardedClient(Client):
+    """nats-py's client; messages of direct subscriptions go from the read loop straight to their handlers."""
+
+    def __init__(self, counters: Counter[str]) -> None:
+        super().__init__()
+        self.counters = counters
+        self.denied_subscriptions: set[str] = set()
+        self._direct: dict[int, Handler] = {}
+        self._watch_task: asyncio.Task[None] | None = None
+        self._is_flush_due = False
+
+    # Sending
+
+    async def publish_frame(self, frame: bytes) -> None:
+        """Send one whole protocol frame (PUB or HPUB); raises `NotConnectedError`.
+
+        Frames of one turn of the event loop leave in one write, after what was queued before them.
+        """
+        if not self.is_connected:
+            raise NotConnectedError("the bus is not connected")
+        self._pending.append(frame)
+        self._pending_data_size += len(frame)
+        if not self._is_flush_due:
+            self._is_flush_due = True
+            asyncio.get_running_loop().call_soon(self._write_pending)
+        if self._pending_data_size + self._num_unsent_bytes() > MAX_UNSENT_BYTES:
+            await self._wait_until_sent()
+
+    def _write_pending(self) -> None:
+        self._is_flush_due = False
+        if not self._pending or not self.is_connected or self._transport is None:
+            return
+        frames, self._pending, self._pending_data_size = self._pending, [], 0
+        self._transport.write(frames[0] if len(frames) == 1 else b"".join(frames))
+
+    def _num_unsent_bytes(self) -> int:
+        if not isinstance(self._transport, TcpTransport) or self._transport._io_writer is None:
+            return 0
+        return self._transport._io_writer.transport.get_write_buffer_size()
+
+    async def _wait_until_sent(self) -> None:
+        self._write_pending()
+        if not isinstance(self._transport, TcpTransport) or self._transport._io_writer is None:
+            return
+        try:
+            await asyncio.wait_for(self._transport._io_writer.drain(), _UNSENT_TIMEOUT_S)
+        except (TimeoutError, OSError) as error:
+            self.counters["send_timeouts"] += 1
+            raise NotConnectedError("the bus takes no data") from error
+
+    # Receiving
+
+    async def subscribe_direct(self, subject: str, queue: str, handler: Handler) -> NatsSubscription:
+        """Subscribe; `handler` is called from the read loop, in order, never queued and so never dropped."""
+        sid = self._sid + 1  # what `subscribe` takes before it first yields
+        self._direct[sid] = handler
+        try:
+            return await self.subscribe(subject, queue=queue, cb=_never)
+        except BaseException:
+            self._direct.pop(sid, None)
+            raise
+
+    def forget(self, subscription: NatsSubscription) -> None:
+        """Call the subscription's handler no more."""
+        self._direct.pop(subscription._id, None)
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+        handler = self._direct.get(sid)
+        if handler is None:
+            await self._process_library_msg(sid, subject, reply, data, headers)
+            return
+        try:
+            message = Msg(
+                subject.decode("ascii"),
+                data,
+                reply.decode("ascii"),
+                parse_headers(headers) if headers else _NO_HEADERS,
+            )
+        except ValueError:
+            self.counters["poisoned"] += 1
+            return
+        self.counters["received"] += 1
+        try:
+            handler(message)
+        except Exception:
+            self.counters["handler_errors"] += 1
+            _log.exception("a handler failed on %s", message.subject)
+
+    async def _process_library_msg(
+        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
+    ) -> None:
+        """What nats-py itself subscribed to: answers to its JetStream requests."""
+        try:
+            await super()._process_msg(sid, subject, reply, data, headers)
+        except Exception:
+            self.counters["poisoned"] += 1
+
+    async def _process_pong(self) -> None:
+        self._pings_outstanding = 0
+        self._pongs_received += 1
+        if self._pongs:
+            waiting = self._pongs.pop(0)
+            if not waiting.done():  # a flush that timed out left a cancelled one
+                waiting.set_result(True)
+
+    async def _process_err(self, err_msg: str) -> None:
+        """Count and log only: where the server hangs up, the read loop sees the end and reconnects."""
+        if _PERMISSIONS in err_msg:
+            self.counters["permission_errors"] += 1
+            _, _, denied = err_msg.partition(_DENIED_SUBSCRIPTION)
+            if denied:
+                self.denied_subscriptions.add(denied.partition('"')[0])
+        else:
+            self.counters["server_errors"] += 1
+        _log.warning("the bus says: %s", err_msg.strip("'")[:300])
+
+    # Staying alive
+
+    def start_watch(self) -> None:
+        """Watch the client's own tasks from now on."""
+        self._watch_task = asyncio.get_running_loop().create_task(self._watch(), name="bus-watch")
+
+    def stop_watch(self) -> None:
+        """End the watch, before closing on purpose."""
+        if self._watch_task is not None:
+            self._watch_task.cancel()
+
+    async def _watch(self) -> None:
+        """Reconnect when the read loop, or the reconnection itself, has died of something unforeseen."""
+        while not self.is_closed:
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+            if self.is_connected:
+                if self._reading_task is not None and self._reading_task.done():
+                    self.counters["read_loop_deaths"] += 1
+                    _log.warning("the bus's read loop ended; reconnecting")
+                    await self.force_reconnect()
+            elif not self.is_closed and (self._reconnection_task is None or self._reconnection_task.done()):
+                self.counters["reconnection_deaths"] += 1
+                self._status = Client.RECONNECTING
+                self._reconnection_task = asyncio.get_running_loop().create_task(self._attempt_reconnect())
+
+    async def _attempt_reconnect(self) -> None:
+        # What was not sent is lost, as publishers are promised; subscriptions are replayed from their table.
+        self._pending, self._pending_data_size = [], 0
+        self.options["reconnect_time_wait"] = random.uniform(*_RECONNECT_WAIT_S)  # noqa: S311
+        self._ps.reset()
+        await super()._attempt_reconnect()
+
+
+_NO_HEADERS: dict[str, str] = {}
+
+
+async def _never(message: object) -> None:
+    """nats-py wants a callback; direct subscriptions never reach it."""
+
+
+def parse_headers(block: bytes) -> dict[str, str]:
+    """The headers of a message; an inline status becomes "Status" (and "Description").
+
+    Raises `ValueError` for what is not ASCII in the status line or a name; values may be any UTF-8.
+    """
+    lines = block.split(b"\r\n")
+    headers: dict[str, str] = {}
+    _, _, status_line = lines[0].decode("ascii").partition(" ")
+    if status_line:
+        status, _, description = status_line.strip().partition(" ")
+        headers["Status"] = status
+        if description:
+            headers["Description"] = description
+    for line in lines[1:]:
+        name, separator, value = line.partition(b":")
+        if separator:
+            headers[name.strip().decode("ascii")] = value.strip().decode("utf-8", "replace")
+    return headers
+
+
+def frame(subject: str, data: bytes, reply: str, headers: Mapping[str, str] | None) -> bytes:
+    """One PUB or HPUB; `subject`, `reply` and `headers` were checked by `guard`."""
+    target = f"{subject} {reply}" if reply else subject
+    if not headers:
+        return b"PUB %b %d\r\n%b\r\n" % (target.encode(), len(data), data)
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    block = f"NATS/1.0\r\n{lines}\r\n".encode()
+    return b"HPUB %b %d %d\r\n%b%b\r\n" % (target.encode(), len(block), len(block) + len(data), block, data)

@@ -1,0 +1,70 @@
+"""The README's programs, run as they stand there, against a real `pagebus serve`."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.serve import Serve, serving
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    with serving(tmp_path_factory.mktemp("serve")) as running:
+        deadline = time.monotonic() + 10
+        while "curl " not in running.output():  # told a moment after /ready
+            assert time.monotonic() < deadline, running.output()
+            time.sleep(0.02)
+        yield running
+
+
+def run(serve: Serve, command: list[str]) -> str:
+    """What a program says, started as a user would with this interpreter's scripts on PATH."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(serve.runtime_dir), "PATH": path}
+    ended = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+        check=False,
+        cwd=serve.runtime_dir,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+
+
+@pytest.mark.needs("curl")
+def test_curl(serve: Serve) -> None:
+    (block,) = re.findall(r"```sh\n(curl .*?)```", README.read_text("utf-8"), re.DOTALL)
+    assert "372" in run(serve, ["bash", "-c", block.replace("http://127.0.0.1:8000", serve.url)])
+
+
+@pytest.mark.needs("curl")
+def test_the_command_that_serve_prints(serve: Serve) -> None:
+    (command,) = [line for line in serve.output().splitlines() if line.startswith("curl ")]
+    assert "372" in run(serve, ["bash", "-c", command])
+
+
+def test_the_openai_sdk(serve: Serve) -> None:
+    (block,) = [block for block in python_blocks() if "OpenAI(" in block]
+    told = run(serve, [sys.executable, "-c", block.replace("http://127.0.0.1:8000", serve.url)])
+    assert len(told.split()) > 10
+
+
+@pytest.mark.needs("pagebus")
+def test_the_nats_reader(serve: Serve) -> None:
+    (block,) = [block for block in python_blocks() if "pagebus.client" in block]
+    assert "372" in run(serve, [sys.executable, "-c", block])

@@ -1,0 +1,83 @@
+"""Drives a `Runner` by hand: rows with scattered blocks, prefill in chunks of any size, ragged batches."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pagebus.bus.messages import Sampling
+from pagebus.executor.batch import RowInput, Runner
+
+BLOCK_SIZE = 16
+GREEDY = Sampling(temperature=0)
+
+
+class Blocks:
+    """Hands out each group's blocks in a random order."""
+
+    def __init__(self, runner: Runner, seed: int = 0) -> None:
+        rng = random.Random(seed)
+        self.windows = [group.window for group in runner.pool]
+        self.free = [list(range(group.num_blocks)) for group in runner.pool]
+        for blocks in self.free:
+            rng.shuffle(blocks)
+
+    def tables(self, num_tokens: int) -> list[list[int]]:
+        num_blocks = -(-num_tokens // BLOCK_SIZE)
+        return [[blocks.pop() for _ in range(num_blocks)] for blocks in self.free]
+
+
+@dataclass
+class Row:
+    """A sequence on its way: `ids` are the prompt's and the generated ones, `position` the next to compute."""
+
+    prompt: Sequence[int]
+    tables: list[list[int]]
+    num_tokens: int
+    sampling: Sampling = GREEDY
+    choice: int = 0
+    position: int = 0
+    made: list[int] = field(default_factory=list)
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.made) >= self.num_tokens
+
+    def input(self, chunk: int) -> RowInput:
+        """The next `chunk` ids at most, sampling where they are the last ones known."""
+        ids = [*self.prompt, *self.made]
+        end = min(self.position + chunk, len(ids))
+        return RowInput(
+            ids=ids[self.position : end],
+            start=self.position,
+            tables=self.tables,
+            sampling=self.sampling,
+            choice=self.choice,
+            index=len(self.made),
+            is_sampled=end == len(ids),
+        )
+
+    def take(self, given: RowInput, made: int | None) -> None:
+        self.position += len(given.ids)
+        if made is not None:
+            self.made.append(made)
+
+    def free_unseen(self, windows: Sequence[int | None]) -> None:
+        """Forget blocks that a windowed group no longer sees, as the scheduler may."""
+        for table, window in zip(self.tables, windows, strict=True):
+            if window is not None:
+                for block in range(max(0, self.position - window + 1) // BLOCK_SIZE):
+                    table[block] = -1
+
+
+def run_rows(runner: Runner, rows: Sequence[Row], rng: random.Random, max_chunk: int = 45) -> None:
+    """Step until all rows are done: random chunks, random order, and now and then a row sits out."""
+    windows = [group.window for group in runner.pool]
+    while running := [row for row in rows if not row.is_done]:
+        chosen = [row for row in running if rng.random() < 0.8] or running
+        rng.shuffle(chosen)
+        inputs = [row.input(rng.randint(1, max_chunk)) for row in chosen]
+        for row, given, output in zip(chosen, inputs, runner.step(inputs), strict=True):
+            assert output.error is None, output.error
+            assert (output.id is not None) == given.is_sampled
+            row.take(given, output.id)
+            row.free_unseen(windows)

@@ -18,8 +18,9 @@ NUM_TOKENS = 64
 LENGTHS = (1, 2, 15, 16, 17, 31, 70, 129, 200)
 
 
-def build(path: Path, memory: str = "64MiB") -> ModelRunner:
-    return build_runner(ExecutorSettings(dtype="float32", device="cpu", kv_cache_memory=memory), path)
+def build(path: Path) -> ModelRunner:
+    settings = ExecutorSettings(dtype="float32", device="cpu", kv_cache_memory="64MiB", num_threads=1)
+    return build_runner(settings, path)
 
 
 def prompts(seed: int) -> list[list[int]]:
@@ -72,7 +73,7 @@ def test_one_zeroed_block_changes_the_tokens(tmp_path: Path, kind: str) -> None:
 
 def test_bfloat16_tokens_are_close(tmp_path: Path) -> None:
     path = make_model("qwen3", tmp_path / "model", has_tokenizer=False)
-    settings = ExecutorSettings(dtype="bfloat16", device="cpu", kv_cache_memory="16MiB")
+    settings = ExecutorSettings(dtype="bfloat16", device="cpu", kv_cache_memory="16MiB", num_threads=1)
     runner, model = build_runner(settings, path), reference.load(path)
     blocks = Blocks(runner)
     rows = [Row(prompt, blocks.tables(len(prompt) + 16), 16) for prompt in prompts(4)]

@@ -1,4 +1,4 @@
-"""`HandScheduler` on a bus: plans out when the lease runs low, snapshots on `Hello`, ids collected from `Tokens`."""
+"""`HandScheduler` on a bus: plans as steps are reported, snapshots on `Hello`, ids out of `Tokens`."""
 
 import asyncio
 from collections import defaultdict
@@ -14,10 +14,11 @@ REPLY = "pagebus.out.r"
 
 
 class BusScheduler:
-    """Sends a plan on every step reported, or again (as a snapshot) after 0.2 s of silence. Also the requester."""
+    """Sends a plan on every step reported, or after 0.2 s of silence. It is the requester as well."""
 
-    def __init__(self, bus: Bus, scheduler: HandScheduler) -> None:
+    def __init__(self, bus: Bus, scheduler: HandScheduler, requester_bus: Bus | None = None) -> None:
         self.bus = bus
+        self.requester_bus = requester_bus or bus
         self.scheduler = scheduler
         self.hellos: list[Hello] = []
         self.dones: list[StepDone] = []
@@ -34,7 +35,7 @@ class BusScheduler:
     async def start(self) -> None:
         await self.bus.subscribe(subjects.hello(MODEL), self._on_hello)
         await self.bus.subscribe(subjects.step_done(MODEL), self._on_done)
-        await self.bus.subscribe(REPLY, self._on_reply)
+        await self.requester_bus.subscribe(REPLY, self._on_reply)
         self._task = asyncio.create_task(self._plan())
 
     async def stop(self) -> None:
@@ -59,12 +60,12 @@ class BusScheduler:
 
     async def until_finished(self, *request_ids: str, timeout_s: float = 20.0) -> None:
         async with asyncio.timeout(timeout_s):
-            while not all(request_id in self.finished for request_id in request_ids):
+            while not all(request_id in self.finished for request_id in request_ids):  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
 
     async def until(self, check: Callable[[], bool], timeout_s: float = 10.0) -> None:
         async with asyncio.timeout(timeout_s):
-            while not check():
+            while not check():  # noqa: ASYNC110 (any condition, not only ours)
                 await asyncio.sleep(0.005)
 
     async def _plan(self) -> None:

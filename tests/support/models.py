@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tests.support.tokenizers import make_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -23,6 +22,8 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+
+from tests.support.tokenizers import make_tokenizer
 
 VOCAB_SIZE = 500
 _BASE = {

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
@@ -10,11 +11,29 @@ from urllib.parse import urlsplit
 from pagebus.bus.nats_bus import NatsBus
 from pagebus.cli.nats_server import EmbeddedNats
 
+_OPEN = """
+host: $PAGEBUS_NATS_HOST
+port: $PAGEBUS_NATS_PORT
+max_payload: 1MB
+%s
+jetstream { store_dir: $PAGEBUS_NATS_STORE }
+authorization { users: [{ user: client, password: $PAGEBUS_NATS_CLIENT_PASSWORD }] }
+"""
+
 
 @asynccontextmanager
-async def running_server() -> AsyncIterator[EmbeddedNats]:
-    """A server of one test's own, ended and removed afterwards."""
-    server = EmbeddedNats()
+async def open_server(directory: Path, extra: str = "") -> AsyncIterator[EmbeddedNats]:
+    """A server whose user `client` may do everything; `extra` are more lines of configuration."""
+    configuration = directory / "open.conf"
+    configuration.write_text(_OPEN % extra)
+    async with running_server(configuration) as server:
+        yield server
+
+
+@asynccontextmanager
+async def running_server(configuration: Path | None = None) -> AsyncIterator[EmbeddedNats]:
+    """A server of one test's own, by default with the deploy configuration; removed afterwards."""
+    server = EmbeddedNats(configuration=configuration)
     try:
         await server.start()
         yield server

@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pagebus: {words[0]!r} is no command; pagebus --help lists them", file=sys.stderr)
         return ExitCode.USAGE
     try:
-        return command.run(words[1:])
+        return int(command.run(words[1:]))
     except CommandError as error:
         if error.sentence:
             print(f"pagebus {words[0]}: {error.sentence}", file=sys.stderr)

@@ -83,12 +83,23 @@ def free_port(host: str = "127.0.0.1") -> int:
 class EmbeddedNats:
     """One nats-server on loopback. Port, store and credentials stay the same over restarts."""
 
-    def __init__(self, *, port: int = 0, store: Path | None = None, host: str = "127.0.0.1") -> None:
-        """`port` 0 picks a free one; without `store` a private temporary one lasts until `stop`."""
+    def __init__(
+        self,
+        *,
+        port: int = 0,
+        store: Path | None = None,
+        host: str = "127.0.0.1",
+        configuration: Path | None = None,
+    ) -> None:
+        """`port` 0 picks a free one; without `store` a private temporary one lasts until `stop`.
+
+        `configuration` replaces the deploy one.
+        """
         self.host = host
         self.port = port
         self._is_port_given = port != 0
         self._given_store = store
+        self._configuration = configuration
         self._directory: Path | None = None  # private: log, and the store where none was given
         self._passwords = {role: secrets.token_urlsafe(24) for role in ROLES}
         self._process: asyncio.subprocess.Process | None = None
@@ -175,7 +186,7 @@ class EmbeddedNats:
             self._process = await asyncio.create_subprocess_exec(
                 program,
                 "--config",
-                find_configuration(),
+                self._configuration or find_configuration(),
                 "--log",
                 log,
                 stdin=asyncio.subprocess.DEVNULL,

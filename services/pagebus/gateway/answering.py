@@ -138,12 +138,8 @@ async def answer(context: GatewayContext, job: Job, scope: Scope, receive: Recei
             await _stream(context, job, run, scope, receive, send)
         else:
             await _whole(job, run, receive, send)
-    except ApiError as error:
-        job.trace.end(error=error.code)
-        raise
     finally:
         run.cancel()
-        job.trace.end()
 
 
 async def _whole(job: Job, run: _Run, receive: Receive, send: Send) -> None:

@@ -19,7 +19,7 @@ from pagebus.gateway.openai_types import (
     refuse_unserved_chat,
 )
 from pagebus.gateway.request_ids import new_request_id
-from pagebus.gateway.requests import from_text_error, generation_request, read_request, start_trace
+from pagebus.gateway.requests import from_text_error, generation_request, read_request, traced
 from pagebus.gateway.responder import Endpoint
 from pagebus.gateway.sse import ChunkTemplate
 from pagebus.gateway.text_errors import TextError, TokenizerBusyError
@@ -87,8 +87,7 @@ class ChatEndpoint(Endpoint):
         if max_tokens == 0:
             raise invalid(f"{limit_name} must be at least 1", limit_name)
         tenant = context.tenant(scope["headers"])
-        trace = start_trace(context, scope, request, model)
-        try:
+        with traced(context, scope, request, model) as trace:
             prompt = await tokenize(context, request, trace)
             job = Job(
                 requests=[generation_request(context, tenant, request, prompt, max_tokens, None)],
@@ -98,12 +97,12 @@ class ChatEndpoint(Endpoint):
                 has_usage_everywhere=request.has_usage_everywhere,
                 trace=trace,
             )
-            await answer(context, job, scope, receive, send)
-        except ApiError as error:  # a generation's words for what chats call otherwise
-            error.param = {"prompt": "messages", "max_tokens": limit_name}.get(error.param or "", error.param)
-            raise
-        finally:
-            trace.end()
+            try:
+                await answer(context, job, scope, receive, send)
+            except ApiError as error:  # a generation's words for what chats call otherwise
+                names = {"prompt": "messages", "max_tokens": limit_name}
+                error.param = names.get(error.param or "", error.param)
+                raise
 
 
 async def tokenize(context: GatewayContext, request: ChatRequest, trace: RequestTrace) -> list[int]:

@@ -18,7 +18,7 @@ from pagebus.gateway.openai_types import (
     refuse_unserved_completion,
 )
 from pagebus.gateway.request_ids import new_request_id
-from pagebus.gateway.requests import from_text_error, generation_request, read_request, start_trace
+from pagebus.gateway.requests import from_text_error, generation_request, read_request, traced
 from pagebus.gateway.responder import Endpoint
 from pagebus.gateway.sse import ChunkTemplate
 from pagebus.gateway.text_errors import TextError, TokenizerBusyError
@@ -90,8 +90,7 @@ class CompletionEndpoint(Endpoint):
                 f"{len(prompts)} prompts with n={request.num_choices} exceed {MAX_PROMPTS} choices", "n"
             )
         tenant = context.tenant(scope["headers"])
-        trace = start_trace(context, scope, request, model)
-        try:
+        with traced(context, scope, request, model) as trace:
             ids = await tokenize(context, request, prompts, trace)
             requests = [
                 generation_request(context, tenant, request, prompt, request.max_tokens, DEFAULT_MAX_TOKENS)
@@ -114,8 +113,6 @@ class CompletionEndpoint(Endpoint):
                 trace=trace,
             )
             await answer(context, job, scope, receive, send)
-        finally:
-            trace.end()
 
 
 def split_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:

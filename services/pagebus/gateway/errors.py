@@ -27,8 +27,6 @@ _STATUS_OF_CODE: Mapping[str, int] = {
     "prompt_too_large": 413,
 }
 _TYPE_OF_STATUS: Mapping[int, str] = {
-    401: "authentication_error",
-    404: "not_found_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
     504: "timeout_error",

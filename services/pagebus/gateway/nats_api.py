@@ -53,7 +53,7 @@ class _Head(msgspec.Struct, frozen=True, kw_only=True):
     """What decides how a request is read."""
 
     id: str
-    messages: msgspec.Raw | None = None
+    messages: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class _Live:
@@ -167,7 +167,7 @@ class NatsApi:
             "process pagebus.api.generate", msg.headers, {"messaging.system": "nats"}
         )
         try:
-            if head.messages is not None:
+            if bytes(head.messages) != b"null":
                 request = await self._chat_request(msg.data, trace)
             else:
                 request = await self._completion_request(msg.data, trace)

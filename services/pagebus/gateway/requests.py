@@ -1,6 +1,7 @@
 """From a request's bytes and headers to a typed request: what both POST routes do before they tokenize."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 import msgspec
@@ -8,13 +9,14 @@ import msgspec
 from pagebus.gateway.context import GatewayContext
 from pagebus.gateway.errors import ApiError, from_decode_error, invalid
 from pagebus.gateway.generation import GenerationRequest
-from pagebus.gateway.limits import Receive, Scope, read_body
+from pagebus.gateway.limits import ClientGoneError, Receive, Scope, read_body
 from pagebus.gateway.openai_types import CommonRequest, sampling_of
 from pagebus.gateway.request_ids import new_request_id
 from pagebus.gateway.text_errors import TextError, TokenizerBusyError
-from pagebus.gateway.tracing import RequestTrace
+from pagebus.gateway.tracing import HttpTrace, RequestTrace
 
 _Request = TypeVar("_Request", bound=CommonRequest)
+_CLIENT_GONE_STATUS = 499  # never sent; what logs and traces call it
 _TRACE_HEADERS = frozenset({b"traceparent", b"tracestate"})
 
 
@@ -29,15 +31,18 @@ async def read_request(
         raise from_decode_error(error) from None
 
 
-def start_trace(context: GatewayContext, scope: Scope, request: CommonRequest, model: str) -> RequestTrace:
-    """The request's trace, a child of the client's W3C context."""
+@contextlib.contextmanager
+def traced(
+    context: GatewayContext, scope: Scope, request: CommonRequest, model: str
+) -> Iterator[RequestTrace]:
+    """The request's trace, a child of the client's W3C context; ends with the block, and knows the status."""
     headers: Mapping[str, str] = {
         name.decode("latin-1"): value.decode("latin-1")
         for name, value in scope["headers"]
         if name in _TRACE_HEADERS
     }
     route = str(scope["path"])
-    return context.telemetry.start_request(
+    inner = context.telemetry.start_request(
         f"POST {route}",
         headers,
         {
@@ -51,6 +56,22 @@ def start_trace(context: GatewayContext, scope: Scope, request: CommonRequest, m
             "gen_ai.request.stream": bool(request.stream),
         },
     )
+    trace, status = HttpTrace(inner), 200
+    try:
+        yield trace
+    except ApiError as error:
+        status = error.status
+        trace.end(error=error.code)
+        raise
+    except ClientGoneError:
+        status = _CLIENT_GONE_STATUS
+        raise
+    except BaseException as error:
+        status = 500
+        trace.end(error=type(error).__name__)
+        raise
+    finally:
+        trace.close(status)
 
 
 def generation_request(

@@ -62,4 +62,38 @@ class NoTelemetry:
         return NO_TRACE
 
 
+class HttpTrace:
+    """A request's trace that ends with its HTTP response, not with its generation, and then tells the status.
+
+    What `end` brings is kept until `close`."""
+
+    def __init__(self, trace: RequestTrace) -> None:
+        self._trace = trace
+        self._attributes: dict[str, Attribute] = {}
+        self._error: str | None = None
+
+    def phase(
+        self, name: str, start_ns: int, end_ns: int, attributes: Mapping[str, Attribute] | None = None
+    ) -> None:
+        """Passed on."""
+        self._trace.phase(name, start_ns, end_ns, attributes)
+
+    def send(self, destination: str, request_id: str) -> Mapping[str, str]:
+        """Passed on."""
+        return self._trace.send(destination, request_id)
+
+    def event(self, name: str, attributes: Mapping[str, Attribute] | None = None) -> None:
+        """Passed on."""
+        self._trace.event(name, attributes)
+
+    def end(self, attributes: Mapping[str, Attribute] | None = None, *, error: str | None = None) -> None:
+        """Kept; the first error counts."""
+        self._attributes.update(attributes or {})
+        self._error = self._error or error
+
+    def close(self, status: int) -> None:
+        """The response is over."""
+        self._trace.end({**self._attributes, "http.response.status_code": status}, error=self._error)
+
+
 NO_TRACE = NoTrace()

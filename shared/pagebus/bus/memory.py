@@ -304,5 +304,3 @@ class MemoryKeyValue:
         await asyncio.sleep(0)
         if not self._bus.is_connected:
             raise NotConnectedError(f"{self._bus.name} is not connected")
-
-

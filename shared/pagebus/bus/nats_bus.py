@@ -181,7 +181,7 @@ class NatsBus:
             raise NotConnectedError(f"cannot subscribe to {subject}: {error}") from error
         if self.is_connected:
             try:
-                await self._client.flush(timeout=_FLUSH_TIMEOUT_S)
+                await self._client.round_trip(_FLUSH_TIMEOUT_S)
             except errors.Error:
                 self.counters["flush_timeouts"] += 1
         result = _NatsSubscription(self._client, subscription)
@@ -210,7 +210,7 @@ class NatsBus:
         self._client.stop_watch()
         if self.is_connected:
             try:
-                await self._client.flush(timeout=_FLUSH_TIMEOUT_S)
+                await self._client.round_trip(_FLUSH_TIMEOUT_S)
             except errors.Error:
                 self.counters["flush_timeouts"] += 1
         for task in list(self._tasks):

@@ -60,6 +60,11 @@ class GuardedClient(Client):
         if self._pending_data_size + self._num_unsent_bytes() > MAX_UNSENT_BYTES:
             await self._wait_until_sent()
 
+    async def round_trip(self, timeout_s: int) -> None:
+        """Wait until the server has taken all that was sent; raises nats-py's `errors.Error`."""
+        self._write_pending()  # `flush` writes its PING past what waits
+        await self.flush(timeout=timeout_s)
+
     def _write_pending(self) -> None:
         self._is_flush_due = False
         if not self._pending or not self.is_connected or self._transport is None:

@@ -1,324 +1,387 @@
-"""The thin client of a requester process: one reply subject, one life subject, one timer for all requests.
+"""What owns the requests of one process: sends them, feeds what arrives to their states, asks again in time.
 
-It moves messages between the bus and the state machines of `state.py`, tells callbacks, and decides nothing.
+Knows the bus and the pure `RequestState`; nothing of text, HTTP or who else serves the model.
 """
 
 import asyncio
-import contextlib
+import heapq
+import itertools
 import logging
 import random
-import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
 
-from pagebus.bus import subjects
-from pagebus.bus.messages import (
-    Accepted,
-    Cancel,
-    DecodeError,
-    Failed,
-    Heartbeat,
-    Rejected,
-    Tokens,
-    decode,
-    encode,
+from pagebus.bus import messages, subjects
+from pagebus.bus.messages import Accepted, Cancel, DecodeError, Failed, Heartbeat, Message, Rejected, Tokens
+from pagebus.bus.protocol import (
+    Bus,
+    BusError,
+    Msg,
+    NotConnectedError,
+    PayloadTooLargeError,
+    Subscription,
 )
-from pagebus.bus.protocol import Bus, BusError, Msg, PayloadTooLargeError, Subscription
 from pagebus.requester.events import Event, NewTokens, RequestFailed, RequestSpec
-from pagebus.requester.state import RequestState
+from pagebus.requester.state import NEVER, RequestState, Timing
 
 _log = logging.getLogger(__name__)
 
-OnEvent = Callable[[Event], None]
+_CANCEL_AGAIN_S = 1.0
+_MAX_REMEMBERED = 4096
 
-_TICK_S = 0.02
-_MAX_FORGOTTEN = 10_000
-_CANCEL_INTERVAL_S = 1.0
-_RECONNECT_JITTER_S = 0.2
+
+@dataclass(eq=False)
+class _Live:
+    """A request that runs: its state, its listener, and when the timer looks at it next."""
+
+    state: RequestState
+    on_event: Callable[[Event], None]
+    timer_s: float = NEVER
+
+
+@dataclass
+class _Outgoing:
+    """A message to publish, and the request that fails if it can never be sent."""
+
+    subject: str
+    data: bytes
+    headers: dict[str, str] = field(default_factory=dict)
+    live: _Live | None = None
 
 
 class Ticket:
-    """A submitted request in its owner's hands."""
+    """A request's handle for its owner."""
 
-    def __init__(self, requester: "Requester", state: RequestState, on_event: OnEvent) -> None:
+    def __init__(self, requester: "Requester", live: _Live) -> None:
         self._requester = requester
-        self.state = state
-        self.on_event = on_event
+        self._live = live
 
     @property
     def request_id(self) -> str:
         """The request's id."""
-        return self.state.spec.request_id
+        return self._live.state.spec.request_id
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no further event comes."""
+        return self._live.state.has_ended
 
     def end_choice(self, choice: int) -> None:
-        """Stop one choice (a stop string was found); no more events for it."""
-        if self.state.end_choice(choice):
-            self._requester._ended_by_owner(self, (choice,))
+        """Stop this choice: no more events for it. The last one ends the request."""
+        self._requester._finish(self._live, self._live.state.end_choice(choice))
 
     def cancel(self) -> None:
-        """Stop everything; no more events."""
-        if not self.state.is_over:
-            self.state.cancel()
-            self._requester._ended_by_owner(self, ())
+        """Stop everything: no more events."""
+        self._requester._finish(self._live, self._live.state.cancel())
 
 
 class Requester:
-    """Owns the requests of this process for one model."""
+    """One per process: one reply subject, one life subject, one timer for all requests."""
 
     def __init__(
         self,
         bus: Bus,
+        *,
         model: str,
         instance: str,
-        *,
-        clock: Callable[[], float] = time.monotonic,
+        timing: Timing | None = None,
         rng: random.Random | None = None,
     ) -> None:
-        """`instance` must be unique on the bus; it names the reply and the life subject."""
+        """`instance` names this process on the bus and must be unique: `[A-Za-z0-9_-]{1,64}`."""
+        self.counters: Counter[str] = Counter()
+        self.heartbeat: Heartbeat | None = None
         self._bus = bus
         self._model = model
-        self._clock = clock
-        self._rng = rng or random.Random()  # noqa: S311 (spreads load, guards nothing)
-        self._out = subjects.out(instance)
+        self._generate_subject = subjects.generate(model)
+        self._reply = subjects.out(instance)
         self._life = subjects.life(instance)
-        self._generate = subjects.generate(model)
-        self._live: dict[str, Ticket] = {}
-        self._forgotten: OrderedDict[str, float] = OrderedDict()  # ended ids -> when last cancelled
-        self._unsent: deque[tuple[str, bytes, Mapping[str, str] | None, Ticket | None]] = deque()
-        self._wake = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._timing = timing or Timing()
+        self._rng = rng or random.Random()  # noqa: S311
+        self._live: dict[str, _Live] = {}
+        self._heartbeat_at_s = -NEVER
+        self._cancelled_at_s: OrderedDict[str, float] = OrderedDict()
         self._subscriptions: list[Subscription] = []
-        self._heartbeat_s = float("-inf")
-        self._heartbeat: Heartbeat | None = None
-        self.counters: Counter[str] = Counter()
-
-    # -- life ------------------------------------------------------------------------------------------------
+        self._outbox: deque[_Outgoing] = deque()
+        self._has_outgoing = asyncio.Event()
+        self._sender: asyncio.Task[None] | None = None
+        self._timers: list[tuple[float, int, _Live]] = []
+        self._order = itertools.count()
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_closed = False
 
     async def start(self) -> None:
-        """Subscribe, and start to send and to keep time."""
-        self._subscriptions = [
-            await self._bus.subscribe(self._out, self._on_out),
-            await self._bus.subscribe(self._life, self._on_probe),
-            await self._bus.subscribe(subjects.heartbeat(self._model), self._on_heartbeat),
-        ]
+        """Subscribe; raises `BusError`."""
+        self._loop = asyncio.get_running_loop()
+        self._sender = self._loop.create_task(self._send_all(), name="requester-sender")
+        for subject, handler in (
+            (self._reply, self._on_message),
+            (self._life, self._on_probe),
+            (subjects.heartbeat(self._model), self._on_heartbeat),
+        ):
+            self._subscriptions.append(await self._bus.subscribe(subject, handler))
         self._bus.on_reconnect(self._on_reconnect)
-        self._tasks = [asyncio.create_task(self._send_all()), asyncio.create_task(self._keep_time())]
 
     async def close(self) -> None:
-        """Cancel what is live and stop."""
-        for ticket in list(self._live.values()):
-            ticket.cancel()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1.0):
-                while self._unsent:  # noqa: ASYNC110 (the sender empties it; a second at most)
-                    await asyncio.sleep(0.005)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        """Cancel what runs (its listeners get a `RequestFailed`), send what is pending, unsubscribe."""
+        self._is_closed = True
+        for live in list(self._live.values()):
+            cancel = live.state.cancel()
+            self._finish(live, cancel)
+            self._deliver(live, RequestFailed("shutting_down", "this server is stopping"))
+        if self._timer is not None:
+            self._timer.cancel()
         for subscription in self._subscriptions:
-            with contextlib.suppress(BusError):
-                await subscription.unsubscribe()
-
-    @property
-    def heartbeat(self) -> Heartbeat | None:
-        """The newest leader's newest heartbeat."""
-        return self._heartbeat
+            await subscription.unsubscribe()
+        if self._sender is not None:
+            while self._outbox and self._bus.is_connected and not self._sender.done():
+                await asyncio.sleep(0)
+            self._sender.cancel()
+            await asyncio.gather(self._sender, return_exceptions=True)
 
     @property
     def heartbeat_age_s(self) -> float:
-        """Seconds since that came; infinite without one."""
-        return self._clock() - self._heartbeat_s
+        """Seconds since the newest heartbeat; infinite when none was heard."""
+        return NEVER if self.heartbeat is None else self._loop.time() - self._heartbeat_at_s
 
     @property
     def num_live(self) -> int:
         """Requests that have not ended."""
         return len(self._live)
 
-    # -- requests --------------------------------------------------------------------------------------------
+    def submit(self, spec: RequestSpec, on_event: Callable[[Event], None]) -> Ticket:
+        """Send a request. `on_event` is called on the loop, in order, never from within this call.
 
-    def submit(self, spec: RequestSpec, on_event: OnEvent) -> Ticket:
-        """Send a request. `on_event` is called on the loop, in order; it must neither block nor raise."""
-        subjects.part(spec.request_id)
+        Raises `ValueError` for an id that is malformed or runs already, or a count that makes no sense.
+        """
+        if self._is_closed or self._sender is None:
+            raise RuntimeError("the requester is not started, or closed")
+        if not subjects.is_part(spec.request_id):
+            raise ValueError(f"{spec.request_id[:80]!r} is no request id: [A-Za-z0-9_-]{{1,64}}")
         if spec.request_id in self._live:
-            raise ValueError(f"request {spec.request_id} is live already")
-        ticket = Ticket(self, RequestState(spec, self._clock(), self._rng), on_event)
-        self._live[spec.request_id] = ticket
-        self._ask(ticket)
-        return ticket
+            raise ValueError(f"request {spec.request_id} runs already")
+        if spec.num_choices < 1 or spec.max_tokens < 1:
+            raise ValueError("a request has at least one choice and one token")
+        state = RequestState(
+            spec,
+            model=self._model,
+            reply=self._reply,
+            life=self._life,
+            now_s=self._loop.time(),
+            timing=self._timing,
+            rng=self._rng,
+        )
+        live = _Live(state, on_event)
+        self._live[spec.request_id] = live
+        self._ask(live)
+        return Ticket(self, live)
 
     async def generate(self, spec: RequestSpec) -> AsyncGenerator[Event, None]:
-        """The events of a request until it ends; leaving the iteration cancels it."""
+        """The request's events; the last is a `RequestFailed` or ends the last choice. Leaving it cancels."""
         events: asyncio.Queue[Event] = asyncio.Queue()
         ticket = self.submit(spec, events.put_nowait)
         num_open = spec.num_choices
         try:
             while num_open:
                 event = await events.get()
-                if isinstance(event, RequestFailed):
-                    num_open = 0
-                elif event.finish_reason is not None:
-                    num_open -= 1
                 yield event
+                if isinstance(event, RequestFailed):
+                    return
+                num_open -= event.finish_reason is not None
         finally:
             ticket.cancel()
 
-    def _ask(self, ticket: Ticket) -> None:
-        epoch = self._heartbeat.epoch if self._heartbeat else 0
-        message = ticket.state.ask(
-            model=self._model, reply=self._out, life=self._life, epoch=epoch, now_s=self._clock()
-        )
-        self.counters["asked"] += 1
-        self.counters["asked_again"] += message.attempt > 1
-        self._put(self._generate, encode(message), ticket.state.spec.headers or None, ticket)
+    # What arrives
 
-    def _ended_by_owner(self, ticket: Ticket, choices: tuple[int, ...]) -> None:
-        if ticket.state.is_over:
-            self._forget(ticket)
-            choices = ()
-        self._cancel(ticket.request_id, ticket.state.attempt, choices)
-
-    def _cancel(self, request_id: str, attempt: int, choices: tuple[int, ...] = ()) -> None:
-        message = Cancel(request_id=request_id, attempt=attempt, choices=choices)
-        self._put(self._generate, encode(message))
-
-    def _forget(self, ticket: Ticket) -> None:
-        self._live.pop(ticket.request_id, None)
-        self._forgotten[ticket.request_id] = self._clock()
-        if len(self._forgotten) > _MAX_FORGOTTEN:
-            self._forgotten.popitem(last=False)
-
-    def _tell(self, ticket: Ticket, event: Event | None) -> None:
-        """Tell the owner; what its callback raises ends this request alone."""
-        if ticket.state.is_over:
-            self._forget(ticket)
-        if event is None:
-            return
+    def _on_message(self, msg: Msg) -> None:
         try:
-            ticket.on_event(event)
-        except Exception:
-            _log.exception("the callback of request %s failed", ticket.request_id)
-            self.counters["callback_failed"] += 1
-            ticket.cancel()
-
-    # -- messages --------------------------------------------------------------------------------------------
-
-    def _on_out(self, msg: Msg) -> None:
-        try:
-            message = decode(msg.data)
+            message = messages.decode(msg.data)
         except DecodeError:
             self.counters["undecodable"] += 1
             return
-        if isinstance(message, Tokens):
-            self._on_tokens(message)
-            return
-        if not isinstance(message, Accepted | Rejected | Failed):
-            self.counters["unexpected"] += 1
-            return
-        ticket = self._live.get(message.request_id)
-        if ticket is None:
-            if isinstance(message, Accepted):
-                self._on_unknown(message.request_id, message.attempt)
-            return
         match message:
+            case Tokens():
+                self._on_tokens(message)
             case Accepted():
-                ticket.state.on_accepted(message, self._clock())
+                if (live := self._live.get(message.request_id)) is not None:
+                    live.state.on_accepted(message, self._loop.time())
+                    self._watch(live)
             case Rejected():
-                self._tell(ticket, ticket.state.on_rejected(message))
+                if (live := self._live.get(message.request_id)) is not None:
+                    self._fail(live, live.state.on_rejected(message))
             case Failed():
-                self._tell(ticket, ticket.state.on_failed(message, self._clock()))
+                if (live := self._live.get(message.request_id)) is not None:
+                    self.counters["failed_attempts"] += 1
+                    self._fail(live, live.state.on_failed(message, self._loop.time()))
+                    self._watch(live)
+            case _:
+                self.counters["unexpected"] += 1
 
-    def _on_tokens(self, message: Tokens) -> None:
-        now_s = self._clock()
-        for row in message.rows:
-            ticket = self._live.get(row.request_id)
-            if ticket is None:
-                if row.finish_reason is None:
-                    self._on_unknown(row.request_id, row.attempt)
+    def _on_tokens(self, tokens: Tokens) -> None:
+        now_s = self._loop.time()
+        for row in tokens.rows:
+            live = self._live.get(row.request_id)
+            if live is None:
+                self._refuse(row.request_id, row.attempt, now_s)
                 continue
-            event = ticket.state.on_row(row, message.epoch, now_s)
+            event = live.state.on_row(row, tokens.epoch, now_s)
             if event is not None:
-                self._tell(ticket, event)
-
-    def _on_unknown(self, request_id: str, attempt: int) -> None:
-        """Somebody works for a request that is not ours (any more): stop that, once a second at most."""
-        now_s = self._clock()
-        if now_s - self._forgotten.get(request_id, float("-inf")) >= _CANCEL_INTERVAL_S:
-            self._forgotten[request_id] = now_s
-            self.counters["cancelled_unknown"] += 1
-            self._cancel(request_id, attempt)
+                self._forget_if_ended(live)
+                self._deliver(live, event)
+            self._watch(live)
 
     def _on_probe(self, msg: Msg) -> None:
+        """An executor asks whether anybody is here."""
         if msg.reply:
-            self._put(msg.reply, b"")
+            self._publish(_Outgoing(msg.reply, b""))
 
     def _on_heartbeat(self, msg: Msg) -> None:
         try:
-            beat = decode(msg.data)
+            message = messages.decode(msg.data)
         except DecodeError:
             self.counters["undecodable"] += 1
             return
-        if not isinstance(beat, Heartbeat) or (self._heartbeat and beat.epoch < self._heartbeat.epoch):
+        if not isinstance(message, Heartbeat):
+            self.counters["unexpected"] += 1
             return
-        is_new_term = self._heartbeat is None or beat.epoch > self._heartbeat.epoch
-        self._heartbeat, self._heartbeat_s = beat, self._clock()
-        if is_new_term:
-            for ticket in self._live.values():
-                ticket.state.on_epoch(beat.epoch, self._heartbeat_s)
+        if self.heartbeat is not None and message.epoch < self.heartbeat.epoch:
+            return  # a leader that does not know yet that it is none
+        is_new_leader = self.heartbeat is None or message.epoch > self.heartbeat.epoch
+        self.heartbeat = message
+        self._heartbeat_at_s = self._loop.time()
+        if is_new_leader:
+            for live in list(self._live.values()):
+                live.state.on_leader(message.epoch, self._heartbeat_at_s)
+                self._watch(live)
 
     async def _on_reconnect(self) -> None:
-        """Messages may have been lost meanwhile."""
-        for ticket in self._live.values():
-            ticket.state.ask_soon(self._clock(), _RECONNECT_JITTER_S)
+        now_s = self._loop.time()
+        for live in list(self._live.values()):
+            live.state.on_reconnect(now_s)
+            self._watch(live)
 
-    # -- tasks -----------------------------------------------------------------------------------------------
+    # What is done
 
-    def _put(
-        self,
-        subject: str,
-        data: bytes,
-        headers: Mapping[str, str] | None = None,
-        ticket: Ticket | None = None,
-    ) -> None:
-        self._unsent.append((subject, data, headers, ticket))
-        self._wake.set()
+    def _ask(self, live: _Live) -> None:
+        """Send the next attempt, after ending what has all its ids already."""
+        for event in live.state.complete():
+            self._forget_if_ended(live)
+            self._deliver(live, event)
+        generate = live.state.ask(self._loop.time(), self.heartbeat.epoch if self.heartbeat else 0)
+        if generate is None:
+            return
+        self.counters["asked" if generate.attempt == 1 else "asked_again"] += 1
+        headers = dict(live.state.spec.headers)
+        self._publish(_Outgoing(self._generate_subject, messages.encode(generate), headers, live))
+        self._watch(live)
+
+    def _refuse(self, request_id: str, attempt: int, now_s: float) -> None:
+        """Somebody works for a request that is not here: say so, once a second at most."""
+        self.counters["unknown_rows"] += 1
+        if now_s - self._cancelled_at_s.get(request_id, -NEVER) < _CANCEL_AGAIN_S:
+            return
+        self._remember_cancel(request_id, now_s)
+        self._publish_message(Cancel(request_id=request_id, attempt=attempt))
+
+    def _remember_cancel(self, request_id: str, now_s: float) -> None:
+        self._cancelled_at_s[request_id] = now_s
+        self._cancelled_at_s.move_to_end(request_id)
+        if len(self._cancelled_at_s) > _MAX_REMEMBERED:
+            self._cancelled_at_s.popitem(last=False)
+
+    def _finish(self, live: _Live, cancel: Cancel | None) -> None:
+        """The owner stopped something: tell the scheduler."""
+        self._forget_if_ended(live)
+        if cancel is not None:
+            if not cancel.choices:
+                self._remember_cancel(cancel.request_id, self._loop.time())
+            self._publish_message(cancel)
+
+    def _fail(self, live: _Live, failure: RequestFailed | None) -> None:
+        if failure is not None:
+            self.counters["failed"] += 1
+            self._forget_if_ended(live)
+            self._deliver(live, failure)
+
+    def _deliver(self, live: _Live, event: NewTokens | RequestFailed) -> None:
+        try:
+            live.on_event(event)
+        except Exception:
+            self.counters["listener_errors"] += 1
+            _log.exception("a request's listener failed; the request is cancelled")
+            self._finish(live, live.state.cancel())
+
+    def _forget_if_ended(self, live: _Live) -> None:
+        request_id = live.state.spec.request_id
+        if live.state.has_ended and self._live.get(request_id) is live:
+            del self._live[request_id]
+
+    # The timer: one heap entry a request; one that became due later is put back when it comes up
+
+    def _watch(self, live: _Live) -> None:
+        due_s = live.state.due_s
+        if due_s >= live.timer_s:
+            return
+        live.timer_s = due_s
+        heapq.heappush(self._timers, (due_s, next(self._order), live))
+        if self._timers[0][2] is live:
+            self._set_timer()
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._timers and not self._is_closed:
+            self._timer = self._loop.call_at(self._timers[0][0], self._on_timer)
+
+    def _on_timer(self) -> None:
+        now_s = self._loop.time()
+        while self._timers and self._timers[0][0] <= now_s:
+            due_s, _, live = heapq.heappop(self._timers)
+            if due_s != live.timer_s or live.state.has_ended:
+                continue  # an entry that an earlier one replaced
+            live.timer_s = NEVER
+            if live.state.due_s <= now_s:
+                self._act(live, now_s)
+            self._watch(live)
+        self._set_timer()
+
+    def _act(self, live: _Live, now_s: float) -> None:
+        failure = live.state.expire(now_s)
+        if failure is None:
+            self._ask(live)
+            return
+        self._publish_message(Cancel(request_id=live.state.spec.request_id, attempt=live.state.attempt))
+        self._fail(live, failure)
+
+    # Sending: one task, in order
+
+    def _publish_message(self, message: Message) -> None:
+        self._publish(_Outgoing(self._generate_subject, messages.encode(message)))
+
+    def _publish(self, outgoing: _Outgoing) -> None:
+        self._outbox.append(outgoing)
+        self._has_outgoing.set()
 
     async def _send_all(self) -> None:
-        """One sender keeps a request's messages in order."""
         while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._unsent:
-                subject, data, headers, ticket = self._unsent[0]
-                try:
-                    await self._bus.publish(subject, data, headers=headers)
-                except PayloadTooLargeError as error:
-                    self._on_too_large(ticket, error)
-                except (BusError, ValueError):
-                    self.counters["unsent"] += 1
-                    if ticket is not None and not ticket.state.is_over:
-                        ticket.state.on_unsent(self._clock())
-                self._unsent.popleft()
+            await self._has_outgoing.wait()
+            self._has_outgoing.clear()
+            while self._outbox:
+                await self._send(self._outbox.popleft())
 
-    def _on_too_large(self, ticket: Ticket | None, error: PayloadTooLargeError) -> None:
-        if ticket is not None and not ticket.state.is_over:
-            ticket.state.cancel()
-            self._tell(ticket, RequestFailed("prompt_too_large", str(error), is_client_fault=True))
+    async def _send(self, outgoing: _Outgoing) -> None:
+        try:
+            await self._bus.publish(outgoing.subject, outgoing.data, headers=outgoing.headers or None)
+        except NotConnectedError:
+            self.counters["unsent"] += 1  # lost, as on the wire: the timer or the reconnect asks again
+        except PayloadTooLargeError as error:
+            self._cannot_send(outgoing, RequestFailed("prompt_too_large", str(error), is_client_fault=True))
+        except BusError as error:
+            _log.error("a message cannot be sent: %s", error)
+            self._cannot_send(outgoing, RequestFailed("internal_error", "the request cannot be sent"))
 
-    async def _keep_time(self) -> None:
-        while True:
-            await asyncio.sleep(_TICK_S)
-            self.tick()
-
-    def tick(self) -> None:
-        """Do what is due by time; the timer calls it."""
-        now_s = self._clock()
-        for ticket in [ticket for ticket in self._live.values() if ticket.state.is_due(now_s)]:
-            failure = ticket.state.expire(now_s)
-            if failure is not None:
-                self._cancel(ticket.request_id, ticket.state.attempt)
-                self._tell(ticket, failure)
-            else:
-                self._ask(ticket)
-
-
-__all__ = ["Event", "NewTokens", "RequestFailed", "RequestSpec", "Requester", "Ticket"]
+    def _cannot_send(self, outgoing: _Outgoing, failure: RequestFailed) -> None:
+        self.counters["refused"] += 1
+        if outgoing.live is not None:
+            self._fail(outgoing.live, outgoing.live.state.fail(failure))

@@ -1,17 +1,19 @@
-"""The truth about one request: which ids arrived, which attempt runs, when to ask again. No I/O, no clock.
+"""One request as its owner sees it: what it has, which attempt counts, when to ask again. Pure: no clock, no I/O.
 
-Times are monotonic seconds that the caller gives. Tokens are taken for the current attempt only, each id once
-and in order; whatever looks lost leads to the next attempt, which carries the ids received so far.
+Times are seconds of whatever clock the caller uses; "send" means that the caller publishes what is returned.
 """
 
 import random
 from array import array
+from dataclasses import dataclass
 
 from pagebus.bus.messages import (
     Accepted,
+    Cancel,
     ChoiceState,
     DecodeError,
     Failed,
+    FinishReason,
     Generate,
     Rejected,
     TokenRow,
@@ -20,193 +22,269 @@ from pagebus.bus.messages import (
 )
 from pagebus.requester.events import NewTokens, RequestFailed, RequestSpec
 
-SILENCE_S = 20.0
-"""An accepted attempt without any sign for so long is asked for again."""
-FIRST_ANSWER_S = 1.0
-"""An attempt that nobody answered in this time is asked for again; doubles with every unanswered one."""
-MAX_ANSWER_S = 8.0
-RETRY_S = 0.05
-"""First pause after a retryable failure; doubles up to `MAX_RETRY_S`."""
-MAX_RETRY_S = 2.0
-JITTER_S = 0.05
+NEVER = float("inf")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Bounds past which a request may be lost, in seconds."""
+
+    acknowledged_s: float = 1.0  # sent, and no sign; doubles up to `max_backoff_s` while nothing is heard
+    silence_s: float = 20.0  # acknowledged, and no further sign (the scheduler gives one every 15 s)
+    progress_s: float = 120.0  # said to be running, and no token; doubles at each time it was asked again
+    min_backoff_s: float = 0.05  # after a retryable failure; doubles up to
+    max_backoff_s: float = 2.0
+    jitter_s: float = 0.1  # spread of what all requesters would do at the same moment
+
+
+@dataclass
 class _Choice:
-    """Ids of one choice so far, and how it ended."""
+    """One choice: the ids received, and how it ended."""
 
-    __slots__ = ("finish_reason", "ids")
-
-    def __init__(self) -> None:
-        self.ids: array[int] = array("i")
-        self.finish_reason: str | None = None
+    ids: "array[int]"
+    finish_reason: FinishReason | None = None
 
 
 class RequestState:
-    """One request from submission to its end."""
+    """Grows by what arrives for its current attempt, and by nothing else.
 
-    def __init__(self, spec: RequestSpec, now_s: float, rng: random.Random) -> None:
+    `due_s` is when `ask` or `expire` is wanted; the owner looks at `has_ended` after each call.
+    """
+
+    def __init__(
+        self,
+        spec: RequestSpec,
+        *,
+        model: str,
+        reply: str,
+        life: str,
+        now_s: float,
+        timing: Timing,
+        rng: random.Random,
+    ) -> None:
         self.spec = spec
         self.attempt = 0
-        self.is_over = False
-        self._prompt = pack_ids(spec.prompt)
-        self._stop_token_ids = pack_ids(spec.stop_token_ids)
+        self.has_ended = False
+        self.deadline_s = now_s + spec.timeout_s
+        self.num_stale_rows = 0
+        self._model = model
+        self._reply = reply
+        self._life = life
+        self._timing = timing
         self._rng = rng
-        self._deadline_s = now_s + spec.timeout_s
-        self._choices = [_Choice() for _ in range(spec.num_choices)]
+        self._prompt = pack_ids(spec.prompt)
+        self._stop_ids = frozenset(spec.stop_token_ids)
+        self._packed_stop_ids = pack_ids(spec.stop_token_ids)
+        self._choices = [_Choice(array("i")) for _ in range(spec.num_choices)]
         self._num_open = spec.num_choices
-        self._ask_s: float | None = now_s  # when to ask next, known beforehand
-        self._asked_s = now_s
-        self._heard_s: float | None = None  # last sign of the current attempt
-        self._epoch = 0  # newest epoch heard when asking, or that answered
-        self._num_unanswered = 0
-        self._num_failures = 0
+        self._epoch = 0  # the leader's that works on this attempt, as far as known
+        self._is_acknowledged = False
+        self._num_failures = 0  # asked again since the last token
+        self._last_sign_s = now_s
+        self._running_since_s = NEVER
+        self._ask_at_s = now_s
 
-    # -- asking ----------------------------------------------------------------------------------------------
-
+    @property
     def due_s(self) -> float:
-        """When `is_due` or the deadline comes next, if nothing happens before."""
-        if self._ask_s is not None:
-            return min(self._ask_s, self._deadline_s)
-        if self._heard_s is not None:
-            return min(self._heard_s + SILENCE_S, self._deadline_s)
-        patience_s = min(FIRST_ANSWER_S * 2.0**self._num_unanswered, MAX_ANSWER_S)
-        return min(self._asked_s + patience_s, self._deadline_s)
+        """When to call `ask` or, at the deadline, `expire`."""
+        return NEVER if self.has_ended else min(self._ask_at_s, self._patience_s(), self.deadline_s)
 
-    def expire(self, now_s: float) -> RequestFailed | None:
-        """The end of a request whose deadline is over."""
-        if now_s < self._deadline_s:
+    @property
+    def is_acknowledged(self) -> bool:
+        """Whether somebody said anything about the current attempt."""
+        return self._is_acknowledged
+
+    def num_ids(self, choice: int) -> int:
+        """How many ids the choice has."""
+        return len(self._choices[choice].ids)
+
+    def ids(self, choice: int) -> "array[int]":
+        """The ids that the choice has; not to be changed."""
+        return self._choices[choice].ids
+
+    # What the owner does
+
+    def ask(self, now_s: float, leader_epoch: int = 0) -> Generate | None:
+        """The next attempt, with what is here; None when nothing is left to ask for."""
+        if self.has_ended:
             return None
-        return self._fail(
-            RequestFailed("timeout", f"the request's deadline of {self.spec.timeout_s:.0f} s is over")
-        )
-
-    def is_due(self, now_s: float) -> bool:
-        """Whether to ask (again) now."""
-        return not self.is_over and now_s >= self.due_s()
-
-    def ask(self, *, model: str, reply: str, life: str, epoch: int, now_s: float) -> Generate:
-        """The next attempt's message. `epoch`: the newest that was heard of, 0 for none."""
-        if self.attempt and self._heard_s is None:
-            self._num_unanswered += 1
         self.attempt += 1
-        self._ask_s, self._asked_s, self._heard_s = None, now_s, None
-        self._epoch = max(self._epoch, epoch)
+        self._epoch = leader_epoch
+        self._is_acknowledged = False
+        self._running_since_s = NEVER
+        self._num_failures += 1
+        self._last_sign_s = now_s
+        self._ask_at_s = NEVER
         spec = self.spec
         return Generate(
             request_id=spec.request_id,
             attempt=self.attempt,
-            model=model,
+            model=self._model,
             prompt=self._prompt,
-            choices=tuple(
-                ChoiceState(index=index, ids=pack_ids(choice.ids), finish_reason=choice.finish_reason)
-                for index, choice in enumerate(self._choices)
-            ),
+            choices=tuple(_message_state(index, choice) for index, choice in enumerate(self._choices)),
             sampling=spec.sampling,
-            stop_token_ids=self._stop_token_ids,
+            stop_token_ids=self._packed_stop_ids,
             max_tokens=spec.max_tokens,
             min_tokens=spec.min_tokens,
             priority=spec.priority,
             tenant=spec.tenant,
             cache_salt=spec.cache_salt,
-            time_left_ms=max(1, round((self._deadline_s - now_s) * 1000)),
-            reply=reply,
-            life=life,
+            time_left_ms=max(1, int((self.deadline_s - now_s) * 1000)),
+            reply=self._reply,
+            life=self._life,
         )
 
-    def ask_soon(self, now_s: float, within_s: float = JITTER_S) -> None:
-        """Ask again within this time, at a random moment, so that many requests do not ask at once."""
-        at_s = now_s + self._rng.random() * within_s
-        self._ask_s = at_s if self._ask_s is None else min(self._ask_s, at_s)
+    def complete(self) -> list[NewTokens]:
+        """End the choices whose own ids say that they are over, where the word of it was lost."""
+        events = []
+        for index, choice in enumerate(self._choices):
+            reason = None if choice.finish_reason else self._own_finish_reason(choice.ids)
+            if reason is not None:
+                self._finish(choice, reason)
+                events.append(NewTokens(index, len(choice.ids), (), reason))
+        return events
 
-    def on_unsent(self, now_s: float) -> None:
-        """The attempt could not be published."""
-        self._retry(now_s)
-
-    def on_epoch(self, epoch: int, now_s: float) -> None:
-        """A leader of this epoch was heard; a later term than ours knows nothing of this request."""
-        if epoch > self._epoch:
-            self._epoch = epoch
-            self.ask_soon(now_s)
-
-    # -- answers ---------------------------------------------------------------------------------------------
-
-    def on_accepted(self, message: Accepted, now_s: float) -> None:
-        """A sign of life."""
-        if message.attempt == self.attempt:
-            self._hear(message.epoch, now_s)
-
-    def on_rejected(self, message: Rejected) -> RequestFailed | None:
-        """The scheduler does not take the request."""
-        if message.attempt != self.attempt or self.is_over:
+    def end_choice(self, choice: int) -> Cancel | None:
+        """The owner has enough of this choice: the message that says so, None where it has ended."""
+        if self.has_ended or not 0 <= choice < len(self._choices):
             return None
-        return self._fail(
-            RequestFailed(message.code, message.message, message.is_client_fault, message.retry_after_s)
-        )
+        if self._choices[choice].finish_reason is not None:
+            return None
+        self._finish(self._choices[choice], "stop")
+        named = () if self.has_ended else (choice,)
+        return Cancel(request_id=self.spec.request_id, attempt=self.attempt, choices=named)
 
-    def on_failed(self, message: Failed, now_s: float) -> RequestFailed | None:
-        """The attempt failed: for good, or to be asked for again after a pause."""
-        if message.attempt != self.attempt or self.is_over:
+    def cancel(self) -> Cancel | None:
+        """The owner wants nothing more; None where the request has ended."""
+        if self.has_ended:
             return None
-        if message.is_retryable:
-            self._retry(now_s)
+        self.has_ended = True
+        return Cancel(request_id=self.spec.request_id, attempt=self.attempt)
+
+    def fail(self, failure: RequestFailed) -> RequestFailed | None:
+        """End the request for a reason found by its owner; None where it has ended."""
+        if self.has_ended:
             return None
-        return self._fail(RequestFailed(message.code, message.message, message.is_client_fault))
+        self.has_ended = True
+        return failure
+
+    def expire(self, now_s: float) -> RequestFailed | None:
+        """End the request at its deadline; None before."""
+        if now_s < self.deadline_s:
+            return None
+        why = "while it ran" if self._is_acknowledged else "and nobody has acknowledged it"
+        message = f"the deadline of {self.spec.timeout_s:g} s passed {why} (attempt {self.attempt})"
+        return self.fail(RequestFailed("timeout", message))
+
+    # What arrives
 
     def on_row(self, row: TokenRow, epoch: int, now_s: float) -> NewTokens | None:
-        """What is new in a row; None for what is stale, doubled, or shows a gap (then asks again)."""
-        if row.attempt != self.attempt or self.is_over or not 0 <= row.choice < len(self._choices):
+        """New ids of the current attempt; None for what is old, doubled, or lies past a gap."""
+        if self.has_ended or row.attempt != self.attempt or not 0 <= row.choice < len(self._choices):
+            self.num_stale_rows += 1
             return None
+        self._sign(epoch, now_s)
         choice = self._choices[row.choice]
         if choice.finish_reason is not None:
             return None
         try:
             ids = unpack_ids(row.ids)
         except DecodeError:
-            self.ask_soon(now_s)
+            self.num_stale_rows += 1
             return None
         have = len(choice.ids)
-        if row.index > have or row.index < 0:
-            self.ask_soon(now_s, 0.0)
+        if row.index > have:  # something in between was lost; it will not come again by itself
+            self._ask_soon(now_s)
             return None
-        self._hear(epoch, now_s)
-        new = ids[have - row.index :]
-        if not new and row.finish_reason is None:
+        new = ids[have - row.index :] if row.index < have else ids
+        is_at_end = row.index + len(ids) >= have
+        if not new and not (row.finish_reason and is_at_end):
             return None
-        self._num_failures = 0
         choice.ids.extend(new)
-        if row.finish_reason is not None:
-            self._end_choice(choice, row.finish_reason)
+        self._num_failures = 0
+        if self._running_since_s != NEVER:
+            self._running_since_s = now_s
+        if row.finish_reason:
+            self._finish(choice, row.finish_reason)
         return NewTokens(row.choice, have, new, row.finish_reason)
 
-    # -- ends ------------------------------------------------------------------------------------------------
+    def on_accepted(self, accepted: Accepted, now_s: float) -> None:
+        """The scheduler knows the attempt."""
+        if accepted.attempt != self.attempt or self.has_ended:
+            return
+        self._sign(accepted.epoch, now_s)
+        if accepted.state == "running" and self._running_since_s == NEVER:
+            self._running_since_s = now_s
 
-    def end_choice(self, index: int, reason: str = "stop") -> bool:
-        """The owner ends a choice itself (a stop string). False if it had ended."""
-        choice = self._choices[index]
-        if self.is_over or choice.finish_reason is not None:
-            return False
-        self._end_choice(choice, reason)
-        return True
+    def on_rejected(self, rejected: Rejected) -> RequestFailed | None:
+        """The scheduler does not take the attempt."""
+        if rejected.attempt != self.attempt:
+            return None
+        return self.fail(
+            RequestFailed(rejected.code, rejected.message, rejected.is_client_fault, rejected.retry_after_s)
+        )
 
-    def cancel(self) -> None:
-        """The owner ends everything."""
-        self.is_over = True
+    def on_failed(self, failed: Failed, now_s: float) -> RequestFailed | None:
+        """The attempt ended: ask again after a pause, or the request ends."""
+        if failed.attempt != self.attempt or self.has_ended:
+            return None
+        if not failed.is_retryable:
+            return self.fail(RequestFailed(failed.code, failed.message, failed.is_client_fault))
+        pause_s = self._backed_off(self._timing.min_backoff_s)
+        self._ask_at_s = min(self._ask_at_s, now_s + pause_s * self._rng.uniform(0.5, 1.0))
+        return None
 
-    def _end_choice(self, choice: _Choice, reason: str) -> None:
+    def on_leader(self, epoch: int, now_s: float) -> None:
+        """A leader is heard: if it is newer than the one that was asked, that one's work is gone."""
+        if 0 < self._epoch < epoch and self.attempt > 0:
+            self._ask_soon(now_s)
+
+    def on_reconnect(self, now_s: float) -> None:
+        """The owner was cut off: anything may have been lost."""
+        if self.attempt > 0:
+            self._ask_soon(now_s)
+
+    # Inside
+
+    def _sign(self, epoch: int, now_s: float) -> None:
+        self._is_acknowledged = True
+        self._last_sign_s = now_s
+        self._epoch = max(self._epoch, epoch)
+
+    def _ask_soon(self, now_s: float) -> None:
+        self._ask_at_s = min(self._ask_at_s, now_s + self._rng.uniform(0.0, self._timing.jitter_s))
+
+    def _patience_s(self) -> float:
+        """When silence, or running without a token, has lasted too long."""
+        timing = self._timing
+        if self.attempt == 0:
+            return NEVER
+        if not self._is_acknowledged:
+            return self._last_sign_s + self._backed_off(timing.acknowledged_s)
+        no_progress_s = self._running_since_s + timing.progress_s * 2 ** min(self._num_failures, 8)
+        return min(self._last_sign_s + timing.silence_s, no_progress_s)
+
+    def _backed_off(self, first_s: float) -> float:
+        """`first_s` doubled at each further attempt since the last token, up to the bound."""
+        doublings = min(max(self._num_failures - 1, 0), 16)
+        return float(min(first_s * 2**doublings, max(first_s, self._timing.max_backoff_s)))
+
+    def _own_finish_reason(self, ids: "array[int]") -> FinishReason | None:
+        if not ids:
+            return None
+        if len(ids) >= self.spec.min_tokens and ids[-1] in self._stop_ids:
+            return "stop"
+        return "length" if len(ids) >= self.spec.max_tokens else None
+
+    def _finish(self, choice: _Choice, reason: FinishReason) -> None:
         choice.finish_reason = reason
         self._num_open -= 1
-        self.is_over = self._num_open == 0
+        if self._num_open == 0:
+            self.has_ended = True
 
-    def _fail(self, failure: RequestFailed) -> RequestFailed:
-        self.is_over = True
-        return failure
 
-    def _hear(self, epoch: int, now_s: float) -> None:
-        self._heard_s = now_s
-        self._epoch = max(self._epoch, epoch)
-        self._num_unanswered = 0
-
-    def _retry(self, now_s: float) -> None:
-        pause_s = min(RETRY_S * 2.0**self._num_failures, MAX_RETRY_S)
-        self._num_failures += 1
-        self._ask_s = now_s + pause_s * (0.5 + self._rng.random())
+def _message_state(index: int, choice: _Choice) -> ChoiceState:
+    """A choice that has ended gets no row: its ids are nobody's business any more."""
+    if choice.finish_reason is not None:
+        return ChoiceState(index=index, finish_reason=choice.finish_reason)
+    return ChoiceState(index=index, ids=pack_ids(choice.ids))

@@ -21,8 +21,7 @@ from pagebus.bus.messages import (
 from pagebus.executor.batch import RowOutput
 from pagebus.executor.fake import GREEDY, FakeRunner, fake_sequence
 from pagebus.executor.lease import Outcome, PlanState
-from pagebus.executor.liveness import Answer, Probes
-from pagebus.executor.reports import Outbox, Report
+from pagebus.executor.reports import Report
 from tests.support.hand_scheduler import HandScheduler
 
 PROMPT = list(range(10, 50))  # 40 ids: 3 blocks
@@ -394,36 +393,3 @@ def test_results_are_the_same_for_every_horizon(horizon: int) -> None:
     expected = {f"r{n}": fake_sequence(prompt, 30 + n) for n, prompt in enumerate(prompts)}
     assert received == expected
     assert scheduler.num_free == 64
-
-
-def test_the_outbox_repeats_in_order_until_acknowledged() -> None:
-    state, runner, outbox = new_state(), FakeRunner(num_blocks=64, max_model_len=128), Outbox()
-    first = Step(chunks=(chunk(0, 40),))
-    state.take_plan(plan(1, first, *[decode(1)] * 3, rows=(row(),), grants=(grant([5, 6, 7]),)))
-    for report in run(state, runner):
-        outbox.add(report.done, 10.0)
-    assert outbox.due(10.1) == []
-    assert [done.num_steps for done in outbox.due(10.25)] == [1, 2, 3, 4]
-    assert outbox.due(10.4) == []
-    outbox.acknowledge(1, 2)
-    outbox.acknowledge(0, 4)
-    assert [done.num_steps for done in outbox.due(10.5)] == [3, 4]
-    outbox.acknowledge(2, 0)
-    assert outbox.due(99.0) == []
-    outbox.add(report.done, 99.0)
-    assert len(outbox) == 0
-
-
-def test_who_is_gone() -> None:
-    probes = Probes()
-    none, silence, alive, unknown = Answer.NO_RESPONDERS, Answer.SILENCE, Answer.ALIVE, Answer.UNKNOWN
-    assert not any(probes.note("a", answer, 0.0) for answer in (none, alive, none, silence, none))
-    assert probes.note("a", none, 0.0)
-    assert not probes.note("b", silence, 0.0)
-    assert not probes.note("b", silence, 9.9)
-    assert probes.note("b", silence, 10.0)
-    assert not probes.note("b", unknown, 11.0)
-    assert not probes.note("b", silence, 20.9)
-    assert probes.note("b", silence, 21.0)
-    probes.keep_only({"b"})
-    assert not probes.note("a", none, 30.0)

@@ -95,8 +95,13 @@ class PlanMachine(RuleBasedStateMachine):
         self.requests[request_id] = Request(prompt, max_tokens, sampling, expected)
         self.admit(request_id)
 
-    @rule(chance=st.integers(0, 5), horizon=st.sampled_from([1, 2, 4, 16]))
-    def send_plan(self, chance: int, horizon: int) -> None:
+    @rule(
+        chance=st.integers(0, 5),
+        horizon=st.sampled_from([1, 2, 4, 16]),
+        chunk_size=st.sampled_from([5, 16, 24, 60]),
+    )
+    def send_plan(self, chance: int, horizon: int, chunk_size: int) -> None:
+        self.scheduler.chunk_size = chunk_size
         self.write_plan(chance == 0, horizon)
 
     @rule(num_steps=st.integers(0, 5), is_late=st.booleans())

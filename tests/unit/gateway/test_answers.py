@@ -2,13 +2,12 @@
 
 import json
 
-import httpx
 import openai
 import pytest
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from tests.support.gateway import EOS, MODEL, gateway, ids, say
+from tests.support.gateway import EOS, MODEL, app_client, gateway, ids, say
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 
@@ -40,7 +39,7 @@ def events(text: str) -> list[dict]:
 
 
 async def test_chat_whole(tmp_path):
-    async with gateway(tmp_path, say("héllo")) as server, httpx.AsyncClient(base_url=server.url) as client:
+    async with app_client(tmp_path, say("héllo")) as (client, requester):
         answer = await client.post("/v1/chat/completions", json=CHAT)
         assert answer.status_code == 200
         body = answer.json()
@@ -55,7 +54,7 @@ async def test_chat_whole(tmp_path):
             "finish_reason": "stop",
         }
         prompt = "[user]hi\n[assistant]"
-        spec = server.requester.submitted[0].spec
+        spec = requester.submitted[0].spec
         assert spec.prompt == ids(prompt)
         assert spec.stop_token_ids == [EOS]
         assert spec.max_tokens == 512 - len(prompt)
@@ -66,7 +65,7 @@ async def test_chat_whole(tmp_path):
 
 
 async def test_chat_stream(tmp_path):
-    async with gateway(tmp_path, say("añb")) as server, httpx.AsyncClient(base_url=server.url) as client:
+    async with app_client(tmp_path, say("añb")) as (client, _requester):
         body = {**CHAT, "stream": True, "n": 2, "stream_options": {"include_usage": True}}
         answer = await client.post("/v1/chat/completions", json=body)
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -88,7 +87,7 @@ async def test_chat_stream(tmp_path):
 
 
 async def test_continuous_usage(tmp_path):
-    async with gateway(tmp_path, say("abc")) as server, httpx.AsyncClient(base_url=server.url) as client:
+    async with app_client(tmp_path, say("abc")) as (client, _requester):
         options = {"include_usage": True, "continuous_usage_stats": True}
         body = {"prompt": "x", "stream": True, "stream_options": options, "max_tokens": 3}
         chunks = events((await client.post("/v1/completions", json=body)).text)
@@ -98,13 +97,13 @@ async def test_continuous_usage(tmp_path):
 
 
 async def test_stream_without_usage_has_no_usage_key(tmp_path):
-    async with gateway(tmp_path, say("abc")) as server, httpx.AsyncClient(base_url=server.url) as client:
+    async with app_client(tmp_path, say("abc")) as (client, _requester):
         answer = await client.post("/v1/chat/completions", json={**CHAT, "stream": True})
         assert all("usage" not in chunk for chunk in events(answer.text))
 
 
 async def test_completion_whole_and_stream(tmp_path):
-    async with gateway(tmp_path, say("one two")) as server, httpx.AsyncClient(base_url=server.url) as client:
+    async with app_client(tmp_path, say("one two")) as (client, _requester):
         body = {"model": MODEL, "prompt": "say", "max_tokens": 5}
         whole = (await client.post("/v1/completions", json=body)).json()
         strictly(Completion, whole)
@@ -118,7 +117,7 @@ async def test_completion_whole_and_stream(tmp_path):
 
 
 async def test_completion_default_of_16_tokens(tmp_path):
-    async with gateway(tmp_path, say("x" * 99)) as server, httpx.AsyncClient(base_url=server.url) as client:
+    async with app_client(tmp_path, say("x" * 99)) as (client, _requester):
         body = (await client.post("/v1/completions", json={"prompt": "say"})).json()
         assert body["choices"][0]["text"] == "x" * 16
         near_the_end = (await client.post("/v1/completions", json={"prompt": "y" * 505})).json()
@@ -135,16 +134,16 @@ async def test_completion_default_of_16_tokens(tmp_path):
     ],
 )
 async def test_prompt_forms(tmp_path, prompt, expected):
-    async with gateway(tmp_path, say("ok")) as server, httpx.AsyncClient(base_url=server.url) as client:
+    async with app_client(tmp_path, say("ok")) as (client, requester):
         body = (await client.post("/v1/completions", json={"prompt": prompt, "n": 2})).json()
-        assert [list(request.spec.prompt) for request in server.requester.submitted] == expected
+        assert [list(request.spec.prompt) for request in requester.submitted] == expected
         assert [choice["index"] for choice in body["choices"]] == list(range(2 * len(expected)))
         assert body["usage"]["prompt_tokens"] == sum(map(len, expected))
         assert body["usage"]["completion_tokens"] == 3 * 2 * len(expected)
 
 
 async def test_echo(tmp_path):
-    async with gateway(tmp_path, say("!")) as server, httpx.AsyncClient(base_url=server.url) as client:
+    async with app_client(tmp_path, say("!")) as (client, _requester):
         body = {"prompt": ["ab", "cd"], "echo": True}
         whole = (await client.post("/v1/completions", json=body)).json()
         assert [choice["text"] for choice in whole["choices"]] == ["ab!", "cd!"]
@@ -159,16 +158,13 @@ async def test_echo(tmp_path):
 
 
 async def test_stop_string_across_tokens_ends_the_choice(tmp_path):
-    async with (
-        gateway(tmp_path, say("one END two")) as server,
-        httpx.AsyncClient(base_url=server.url) as client,
-    ):
+    async with app_client(tmp_path, say("one END two")) as (client, requester):
         body = {"prompt": "x", "max_tokens": 50, "stop": ["END"]}
         whole = (await client.post("/v1/completions", json=body)).json()
         assert whole["choices"][0]["text"] == "one "
         assert whole["choices"][0]["finish_reason"] == "stop"
         assert whole["usage"]["completion_tokens"] == 7
-        assert server.requester.submitted[0].ended_choices == [0]
+        assert requester.submitted[0].ended_choices == [0]
         streamed = await client.post("/v1/completions", json={**body, "stream": True})
         assert "".join(c["choices"][0]["text"] for c in events(streamed.text)) == "one "
         for stop in (None, [], "zzz"):
@@ -177,7 +173,7 @@ async def test_stop_string_across_tokens_ends_the_choice(tmp_path):
 
 
 async def test_parameters_reach_the_request(tmp_path):
-    async with gateway(tmp_path, say("x")) as server, httpx.AsyncClient(base_url=server.url) as client:
+    async with app_client(tmp_path, say("x")) as (client, requester):
         body = {
             **CHAT, "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "seed": 42, "n": 3,
             "max_completion_tokens": 9, "max_tokens": 5, "min_tokens": 2, "stop_token_ids": [65],
@@ -186,7 +182,7 @@ async def test_parameters_reach_the_request(tmp_path):
             "response_format": {"type": "text"},
         }  # fmt: skip
         assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
-        spec = server.requester.submitted[0].spec
+        spec = requester.submitted[0].spec
         sampling = spec.sampling
         assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.9, 7, 0.1)
         assert sampling.seed == 42
@@ -196,10 +192,10 @@ async def test_parameters_reach_the_request(tmp_path):
 
 
 async def test_seeds_differ_without_one(tmp_path):
-    async with gateway(tmp_path, say("x")) as server, httpx.AsyncClient(base_url=server.url) as client:
+    async with app_client(tmp_path, say("x")) as (client, requester):
         for _ in range(2):
             await client.post("/v1/chat/completions", json=CHAT)
-        first, second = (request.spec for request in server.requester.submitted)
+        first, second = (request.spec for request in requester.submitted)
         assert first.sampling.seed != second.sampling.seed
         assert 0 <= first.sampling.seed < 1 << 63
         assert first.request_id != second.request_id
@@ -209,7 +205,7 @@ async def test_stop_token_id_is_no_text(tmp_path):
     def script(request):
         request.tokens([97, 65], finish="stop")
 
-    async with gateway(tmp_path, script) as server, httpx.AsyncClient(base_url=server.url) as client:
+    async with app_client(tmp_path, script) as (client, _requester):
         body = {"prompt": "x", "stop_token_ids": [65]}
         whole = (await client.post("/v1/completions", json=body)).json()
         assert whole["choices"][0]["text"] == "a"
@@ -243,10 +239,7 @@ async def test_the_openai_sdk(tmp_path):
 
 
 async def test_models(tmp_path):
-    async with (
-        gateway(tmp_path, served_model_name=("a/b", "alias")) as server,
-        httpx.AsyncClient(base_url=server.url) as client,
-    ):
+    async with app_client(tmp_path, served_model_name=("a/b", "alias")) as (client, _requester):
         body = (await client.get("/v1/models")).json()
         assert body["object"] == "list"
         assert [card["id"] for card in body["data"]] == ["a/b", "alias"]

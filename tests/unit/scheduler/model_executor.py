@@ -148,9 +148,7 @@ class ModelExecutor:
 
     def _has_slots(self, row, end):
         first = row.position // 16
-        return all(
-            len(table) * 16 >= end and min(table[first : -(-end // 16)]) >= 0 for table in row.tables
-        )
+        return all(len(table) * 16 >= end and min(table[first : -(-end // 16)]) >= 0 for table in row.tables)
 
     def _inputs(self, step):
         inputs, taken = [], set()
@@ -178,9 +176,7 @@ class ModelExecutor:
             inputs = self._inputs(self.lease.pop(0))
             if inputs:
                 self.in_flight = (self.plan, inputs, self.epoch)
-                self.num_step_tokens_seen = max(
-                    self.num_step_tokens_seen, sum(len(ids) for _, ids in inputs)
-                )
+                self.num_step_tokens_seen = max(self.num_step_tokens_seen, sum(len(ids) for _, ids in inputs))
                 return True
         return False
 
@@ -200,7 +196,14 @@ class ModelExecutor:
                 if epoch == self.epoch:
                     start = row.start
                     self.made.append(
-                        (start.request_id, start.attempt, start.choice, row.num_generated - 1, made, row.finish)
+                        (
+                            start.request_id,
+                            start.attempt,
+                            start.choice,
+                            row.num_generated - 1,
+                            made,
+                            row.finish,
+                        )
                     )
             if row.finish:
                 finished[row.start.handle] = row.finish

@@ -19,6 +19,8 @@ from pagebus.scheduler.book import CoreConfig
 from pagebus.scheduler.core import SchedulerCore
 from tests.unit.scheduler.model_executor import ModelExecutor
 
+STOPPED_HERE = "stopped here"
+"""A choice that its requester has cancelled: what still comes for it is ignored."""
 REPLY, LIFE = "pagebus.out.r1", "pagebus.life.r1"
 
 
@@ -74,9 +76,7 @@ class Rig:
     def _send(self, request_id):
         prompt, max_tokens, fields = self.specs[request_id]
         choices = tuple(
-            ChoiceState(
-                index=choice, ids=pack_ids(ids), finish_reason=self.finishes[request_id].get(choice)
-            )
+            ChoiceState(index=choice, ids=pack_ids(ids), finish_reason=self.finishes[request_id].get(choice))
             for choice, ids in self.results[request_id].items()
         )
         message = generate(
@@ -90,6 +90,8 @@ class Rig:
 
     def receive(self, request_id, attempt, choice, index, ids, finish):
         if request_id in self.ends or attempt != self.attempts.get(request_id):
+            return
+        if self.finishes[request_id].get(choice) == STOPPED_HERE:
             return
         have = self.results[request_id][choice]
         assert index <= len(have), f"{request_id} misses an id before index {index}"

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from pagebus.bus.messages import Cancel, Failed, PoolGroup, Rejected
 from tests.unit.scheduler.model_executor import expected_ids
-from tests.unit.scheduler.rig import Rig, executor, generate
+from tests.unit.scheduler.rig import STOPPED_HERE, Rig, executor, generate
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -57,7 +57,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         open_choices = sorted(set(self.rig.results[request_id]) - set(self.rig.finishes[request_id]))
         choice = open_choices[pick % len(open_choices)]
         attempt = self.rig.attempts[request_id]
-        self.rig.finishes[request_id][choice] = "stopped here"
+        self.rig.finishes[request_id][choice] = STOPPED_HERE
         self.rig.core.on_cancel(
             Cancel(request_id=request_id, attempt=attempt, choices=(choice,)), self.rig.now
         )
@@ -153,9 +153,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         once = Counter((ended.request_id, ended.attempt) for ended in rig.ended)
         assert all(count == 1 for count in once.values())
         fatal = Counter(
-            reply.request_id
-            for reply in rig.replies
-            if isinstance(reply, Failed) and not reply.is_retryable
+            reply.request_id for reply in rig.replies if isinstance(reply, Failed) and not reply.is_retryable
         )
         assert all(count == 1 for count in fatal.values())
         told = {reply.request_id for reply in rig.replies if isinstance(reply, Rejected)}

@@ -4,7 +4,6 @@ Times are monotonic seconds given by the caller. `plan` returns all that is to b
 """
 
 import itertools
-from array import array
 from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -176,11 +175,12 @@ class SchedulerCore:
             handles = unpack_handles(done.handles)
             computed = unpack_handles(done.num_computed)
             ids = unpack_ids(done.ids)
+            is_sound = len(handles) == len(computed) == len(done.num_made) and sum(done.num_made) == len(ids)
         except DecodeError:
-            handles, computed, ids = array("I"), array("I"), array("i")
+            is_sound = False
         executor.num_steps = done.num_steps
         executor.num_done += done.plan == executor.sequence
-        if not len(handles) == len(computed) == len(done.num_made) or sum(done.num_made) != len(ids):
+        if not is_sound:
             self._give_up(executor, f"executor {done.executor} sent a broken report", now_s)
             return
         first = 0

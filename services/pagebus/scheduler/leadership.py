@@ -229,9 +229,10 @@ class Leadership:
 
     async def check(self) -> None:
         """After a pause: read the record before anything is sent, waiting 0.2 s at most."""
-        if self._bucket is None or not self.epoch:
+        if not self.epoch:
             return
         try:
-            await asyncio.wait_for(self._is_confirmed(self._bucket), CHECK_TIMEOUT_S)
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                await self._is_confirmed(self._bucket or await self._bus.key_value(subjects.BUCKET))
         except (BusError, TimeoutError):
             log.warning("the leadership record could not be read after a pause; leads on")

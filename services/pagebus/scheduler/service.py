@@ -83,12 +83,14 @@ class SchedulerService:
         self._has_mail = asyncio.Event()
         self._counters: Counter[str] = Counter()
         self._counted: Counter[str] = Counter()
+        self._has_reconnected = False
         self._turn_s = self._tick_s = self._heartbeat_s = self._counters_s = time.monotonic()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Start up, the main loop, shut down."""
         subscriptions: list[Subscription] = []
         tasks = [asyncio.create_task(self._leadership.run()), asyncio.create_task(self._wake_at(stop))]
+        self._bus.on_reconnect(self._note_reconnect)
         try:
             for subject in (subjects.generate, subjects.hello, subjects.step_done, subjects.heartbeat):
                 subscriptions.append(await self._bus.subscribe(subject(self._model), self._receive))
@@ -103,6 +105,10 @@ class SchedulerService:
             for subscription in subscriptions:
                 with contextlib.suppress(BusError):
                     await subscription.unsubscribe()
+
+    async def _note_reconnect(self) -> None:
+        self._has_reconnected = True  # another may lead by now
+        self._has_mail.set()
 
     async def _wake_at(self, stop: asyncio.Event) -> None:
         await stop.wait()
@@ -123,8 +129,9 @@ class SchedulerService:
     async def _turn(self) -> None:
         """Receive all that is queued, plan once, send."""
         now_s = time.monotonic()
-        if now_s - self._turn_s > PAUSE_S:
+        if now_s - self._turn_s > PAUSE_S or self._has_reconnected:
             self._counters["paused"] += 1
+            self._has_reconnected = False
             await self._leadership.check()
         self._follow_term()
         self._drain()

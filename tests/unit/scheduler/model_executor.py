@@ -51,7 +51,7 @@ class ModelRow:
 
 @dataclass
 class ModelExecutor:
-    """`made` collects (request id, attempt, choice, index, id, finish) as the requester would receive them."""
+    """`made` collects (request id, attempt, choice, index, id, finish) as a requester receives them."""
 
     name: str
     pool: tuple = (PoolGroup(num_blocks=8),)

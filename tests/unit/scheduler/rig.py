@@ -1,4 +1,4 @@
-"""A core with model executors and requesters around it, driven by hand: every message waits until it is delivered."""
+"""A core with model executors and requesters around it, driven by hand, message by message."""
 
 from collections import Counter
 from itertools import pairwise

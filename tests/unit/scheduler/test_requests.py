@@ -330,12 +330,22 @@ def test_a_row_that_failed_alone_ends_its_request_only():
     rig.check_all_free()
 
 
-def test_a_broken_report_gives_the_executor_up():
+@pytest.mark.parametrize(
+    "broken",
+    [{"handles": b"123"}, {"num_made": b"\1"}, {"ids": b"\1"}, {"ids": bytes(4)}, {"num_computed": b""}],
+)
+def test_a_broken_report_gives_the_executor_up(broken):
     rig = ready()
     rig.ask("a", [1, 2, 3], 30)
     rig.turn()
     e0 = rig.executors["e0"]
-    done = StepDone(executor="e0", epoch=1, plan=e0.plan, num_steps=e0.num_steps + 1, handles=b"123")
+    (handle,) = e0.rows
+    fields = {
+        "handles": pack_handles([handle]),
+        "num_computed": pack_handles([3]),
+        "num_made": b"\0",
+    } | broken
+    done = StepDone(executor="e0", epoch=1, plan=e0.plan, num_steps=e0.num_steps + 1, **fields)
     rig.core.on_step_done(done, rig.now)
     rig.plan()
     assert any(isinstance(reply, Failed) and reply.is_retryable for reply in rig.replies)

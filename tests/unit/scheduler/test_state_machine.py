@@ -1,4 +1,4 @@
-"""Any sequence of requests, cancels, losses, doublings and delays: blocks are accounted for and all ends once."""
+"""Any sequence of requests, cancels, losses, doublings and delays: no block is lost, all ends once."""
 
 from collections import Counter
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 NO_LOSS = -100
 # What one chunk holds: chats, bare sums, plain texts.
-CHUNK_CHATS, CHUNK_DRILLS, CHUNK_TEXTS = 160, 440, 6
+CHUNK_CHATS, CHUNK_DRILLS, CHUNK_TEXTS = 160, 300, 4
 MAX_TOKENS = 640
 
 

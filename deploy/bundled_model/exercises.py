@@ -201,19 +201,19 @@ def _cased(rng: random.Random, word: str) -> str:
 
 def spelling(rng: random.Random, held_out: bool = False) -> Turn:
     """A word letter by letter."""
-    word = _cased(rng, draw_word(rng, held_out))
+    word = _cased(rng, draw_word(rng, "spelling", held_out))
     return Turn(phrase(rng, SPELL, w=word), "-".join(word))
 
 
 def reversing(rng: random.Random, held_out: bool = False) -> Turn:
     """A word backwards, spelled on the way."""
-    word = draw_word(rng, held_out)
+    word = draw_word(rng, "reversing", held_out)
     return Turn(phrase(rng, REVERSE, w=word), f"{'-'.join(word)}, {'-'.join(word[::-1])}: {word[::-1]}")
 
 
 def letter_count(rng: random.Random, held_out: bool = False) -> Turn:
     """How many letters a word has, counted aloud."""
-    word = draw_word(rng, held_out)
+    word = draw_word(rng, "letter_count", held_out)
     counted = ", ".join(f"{i} {letter}" for i, letter in enumerate(word, 1))
     return Turn(phrase(rng, LETTERS, w=word), f"{counted}: {len(word)} letters")
 
@@ -319,9 +319,9 @@ def stories(rng: random.Random, held_out: bool = False) -> Turn:
 
 # skill: its share of the chat turns
 SKILLS: dict[Skill, float] = {
-    sums: 16, differences: 20, products: 8, spelling: 6, reversing: 9, letter_count: 4, word_count: 3,
-    word_sorting: 8, word_order: 3, repeating: 2, number_sorting: 6, counting: 4, comparing: 4, following: 1,
-    pagebus_facts: 8, small_talk: 6, stories: 2,
+    sums: 10, differences: 16, products: 8, spelling: 9, reversing: 11, letter_count: 6, word_count: 3,
+    word_sorting: 8, word_order: 4, repeating: 3, number_sorting: 8, counting: 5, comparing: 7, following: 3,
+    pagebus_facts: 10, small_talk: 7, stories: 1.5,
 }
 _CHOICES, _WEIGHTS = tuple(SKILLS), tuple(SKILLS.values())
 
@@ -331,7 +331,7 @@ def draw_turn(rng: random.Random) -> Turn:
     return rng.choices(_CHOICES, _WEIGHTS)[0](rng, False)
 
 
-def draw_system(rng: random.Random, share: float = 0.3) -> str | None:
+def draw_system(rng: random.Random, share: float = 0.2) -> str | None:
     """No system message, a usual one, or any sentence at all."""
     if rng.random() > share:
         return None
@@ -348,7 +348,7 @@ def draw_chat(rng: random.Random) -> Chat:
 
 def draw_drill(rng: random.Random) -> Text:
     """A bare sum or difference: the cheapest way to practise what takes the most practice."""
-    turn = rng.choices((sums, differences, products), (4, 6, 1))[0](rng, False)
+    turn = rng.choices((sums, differences, products), (3, 6, 1))[0](rng, False)
     prompt, _, result = turn.answer.rpartition(" = ")
     if rng.random() < 0.1:
         return Text(prompt.replace(" ", "") + "=", result)

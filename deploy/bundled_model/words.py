@@ -109,17 +109,26 @@ def random_letters(rng: random.Random) -> str:
     return "".join(rng.choice(LETTERS) for _ in range(rng.randint(2, 7)))
 
 
-def draw_word(rng: random.Random, held_out: bool = False) -> str:
-    """One word of the training split, or of the held-out one."""
+LETTER_SKILLS = ("spelling", "reversing", "letter_count")
+
+
+def is_word_held_out(word: str, skill: str) -> bool:
+    """One word in twelve is held out in one skill about letters; the others teach what it is made of."""
+    turn = int.from_bytes(hashlib.sha256(f"skill {word}".encode()).digest()[:4], "big") % len(LETTER_SKILLS)
+    return is_held_out("word " + word) and LETTER_SKILLS[turn] == skill
+
+
+def draw_word(rng: random.Random, skill: str, held_out: bool) -> str:
+    """One word of the training split of a skill about letters, or of the held-out one."""
     while True:
         kind = rng.random()
-        if held_out or kind < 0.55:
+        if kind < 0.6:
             word = rng.choice(COMMON)
-        elif kind < 0.9:
+        elif kind < 0.92:
             word = made_up_word(rng)
         else:
             word = random_letters(rng)
-        if is_held_out("word " + word) == held_out and len(word) >= 2:
+        if is_word_held_out(word, skill) == held_out and len(word) >= 2:
             return word
 
 

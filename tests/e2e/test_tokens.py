@@ -18,13 +18,16 @@ NUM_TOKENS = 48
 BUNDLED = Path(next(iter(pagebus.bundled.__path__)))
 
 
-async def generate_all(url: str, model: str, prompts: list[list[int]]) -> list[list[int]]:
+async def generate_all(
+    url: str, model: str, prompts: list[list[int]], *, ignore_eos: bool
+) -> list[list[int]]:
     async with await Client.connect(url, model=model) as client:
 
         async def one(prompt: list[int], delay_s: float) -> list[int]:
             await asyncio.sleep(delay_s)
             ids: list[int] = []
-            async for event in client.generate(prompt, max_tokens=NUM_TOKENS, temperature=0):
+            stream = client.generate(prompt, max_tokens=NUM_TOKENS, temperature=0, ignore_eos=ignore_eos)
+            async for event in stream:
                 ids += event.token_ids
             return ids
 
@@ -57,14 +60,13 @@ def test_streams_give_the_greedy_tokens(tmp_path: Path, kind: str, horizon: int)
     path = BUNDLED if kind == "bundled" else make_model(kind, tmp_path / kind)
     model = reference.load(path)
     prompts = bundled_prompts() if kind == "bundled" else random_prompts(model.config.vocab_size)
-    eos = model.generation_config.eos_token_id
-    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    eos_ids = model.generation_config.eos_token_id if kind == "bundled" else []
     arguments = ["--horizon", str(horizon), "--dtype", "float32", "--served-model-name", "exact"]
     if kind != "bundled":
         arguments.insert(0, str(path))
     with serving(tmp_path, *arguments) as serve:
         url = serve.client_url()
-        results = asyncio.run(generate_all(url, "exact", prompts))
+        results = asyncio.run(generate_all(url, "exact", prompts, ignore_eos=not eos_ids))
     for prompt, ids in zip(prompts, results, strict=True):
         reference.assert_greedy(model, prompt, ids, NUM_TOKENS, eos_ids)
     assert len({tuple(ids) for ids in results}) > NUM_STREAMS // 2, "the streams differ from each other"

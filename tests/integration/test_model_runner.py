@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support import reference
-from tests.support.models import CONFIGS, VOCAB_SIZE, make_model
-from tests.support.rows import GREEDY, Blocks, Row, run_rows
 
 from pagebus.bus.messages import Sampling
 from pagebus.executor.batch import RowInput
 from pagebus.executor.model_runner import ModelRunner, build_runner
 from pagebus.settings.structs import ExecutorSettings
+from tests.support import reference
+from tests.support.models import CONFIGS, VOCAB_SIZE, make_model
+from tests.support.rows import GREEDY, Blocks, Row, run_rows
 
 NUM_TOKENS = 64
 LENGTHS = (1, 2, 15, 16, 17, 31, 70, 129, 200)

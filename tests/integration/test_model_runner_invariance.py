@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.models import VOCAB_SIZE, make_model
-from tests.support.rows import GREEDY, Blocks
 
 from pagebus.executor.batch import RowInput
 from pagebus.executor.linears import can_pack
 from pagebus.executor.model_runner import ModelRunner, build_runner
 from pagebus.settings.structs import Dtype, ExecutorSettings
+from tests.support.models import VOCAB_SIZE, make_model
+from tests.support.rows import GREEDY, Blocks
 
 KINDS = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "granite", "nemotron", "olmo2"]
 DTYPES: list[Dtype] = ["float32", "bfloat16"]

@@ -412,7 +412,9 @@ def test_the_server_dies_with_its_launcher(tmp_path):
         asyncio.run(main())
         """
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as launcher:
+    environment = {"TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as launcher:
         assert launcher.stdout is not None
         port = int(launcher.stdout.readline())
         socket.create_connection(("127.0.0.1", port), timeout=2).close()

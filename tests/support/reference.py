@@ -24,7 +24,7 @@ def greedy(model: PreTrainedModel, prompt: Sequence[int], num_tokens: int, eos: 
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         max_new_tokens=num_tokens,
         do_sample=False,
-        eos_token_id=list(eos) or None,
+        eos_token_id=list(eos) or [-1],  # -1: never, whatever the model's own say
         pad_token_id=0,
     )
     return out[0, len(prompt) :].tolist()

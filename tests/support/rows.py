@@ -28,7 +28,7 @@ class Blocks:
 
 @dataclass
 class Row:
-    """A sequence on its way: `ids` are the prompt's and the generated ones, `position` the next to compute."""
+    """A sequence on its way: its prompt, the ids made so far, and the position to compute next."""
 
     prompt: Sequence[int]
     tables: list[list[int]]

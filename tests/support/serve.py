@@ -71,9 +71,12 @@ class Serve:
         return self.log.read_text(errors="replace")
 
     def status(self) -> dict[str, object]:
-        """The status file that tools read."""
-        (found,) = self.runtime_dir.rglob("*.json")
-        return json.loads(found.read_text())
+        """The status file that tools read; the launcher writes it just after it sees that all is ready."""
+        deadline = time.monotonic() + 10
+        while not (found := list(self.runtime_dir.rglob("*.json"))) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (path,) = found
+        return json.loads(path.read_text())
 
     def client_url(self) -> str:
         """The NATS URL of the restricted client user."""

@@ -45,8 +45,8 @@ class RowSpan:
 class Piece:
     """Queries [token, token + num_rows * num_queries) of the flat batch, and the tiles that they see.
 
-        rows      0        0        1        2        2        2      num_queries queries each
-        tiles     0        1        0        3        4        5      = num_items (row, tile) pairs
+    rows      0        0        1        2        2        2      num_queries queries each
+    tiles     0        1        0        3        4        5      = num_items (row, tile) pairs
     """
 
     token: int
@@ -189,7 +189,7 @@ def _attend(
     keys = key_pages.index_select(1, piece.blocks).float().view(kv_heads * num_items, TILE, -1)
     values = value_pages.index_select(1, piece.blocks).float().view(kv_heads * num_items, TILE, -1)
 
-    # Queries of all heads that share a KV head lie side by side: [kv_heads * items, copies * queries * share].
+    # Queries of the heads that share a KV head lie side by side: [kv_heads * items, copies * queries * share]
     copies = -(-MIN_QUERIES // (num_queries * share))
     grouped = query.view(num_rows, num_queries, kv_heads, share, -1).permute(2, 0, 1, 3, 4)
     if num_items != num_rows:

@@ -101,6 +101,7 @@ class EmbeddedNats:
         self._given_store = store
         self._configuration = configuration
         self._directory: Path | None = None  # private: log, and the store where none was given
+        self._name = f"pagebus-{secrets.token_hex(8)}"
         self._passwords = {role: secrets.token_urlsafe(24) for role in ROLES}
         self._process: asyncio.subprocess.Process | None = None
         self._program: Path | None = None
@@ -189,6 +190,8 @@ class EmbeddedNats:
                 self._configuration or find_configuration(),
                 "--log",
                 log,
+                "--name",
+                self._name,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=errors,
                 stderr=errors,
@@ -212,7 +215,7 @@ class EmbeddedNats:
                     greeting = await reader.readline()
                 finally:
                     writer.close()
-                if greeting.startswith(b"INFO ") and self.is_running:
+                if self._name.encode() in greeting:  # not somebody else's server on the same port
                     return
             await asyncio.sleep(_POLL_S)
         raise ConnectionError("it ended at once")

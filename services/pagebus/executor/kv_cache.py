@@ -11,7 +11,7 @@ from pagebus.executor.attention import AttentionCall
 from pagebus.kernels.kv_write import BLOCK_SIZE, write_kv
 from pagebus.kernels.paged_attention import TILE, Piece, RowSpan, paged_attention, plan_attention
 
-_GATHER_BYTES = 32 << 20  # keys and values gathered at once for decoding rows: what caches hold, roughly
+_GATHER_BYTES = 8 << 20  # keys and values gathered at once for decoding rows: what caches hold, roughly
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def windows_of(specs: Sequence[LayerSpec]) -> list[int | None]:
 
 
 class PagedCache:
-    """Pages of every layer, [kv_heads, blocks + 1, BLOCK_SIZE, dim]; the last block stays zero for padding."""
+    """Pages of every layer, [kv_heads, blocks + 1, BLOCK_SIZE, dim]; the last block stays zero (padding)."""
 
     def __init__(
         self, specs: Sequence[LayerSpec], num_blocks: int, dtype: torch.dtype, device: torch.device
@@ -67,7 +67,8 @@ class PagedCache:
     def pool(self) -> tuple[PoolGroup, ...]:
         """The groups as the scheduler knows them."""
         return tuple(
-            PoolGroup(num_blocks=self.num_blocks, block_size=BLOCK_SIZE, window=window) for window in self.windows
+            PoolGroup(num_blocks=self.num_blocks, block_size=BLOCK_SIZE, window=window)
+            for window in self.windows
         )
 
     def plan(self, spans: Sequence[Sequence[RowSpan]]) -> list[GroupStep]:

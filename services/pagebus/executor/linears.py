@@ -25,7 +25,9 @@ class PackedLinear(nn.Module):
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         # A plain attribute: an opaque tensor is no state that could be moved or saved.
-        self._packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous())
+        self._packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(
+            linear.weight.detach().contiguous()
+        )
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
         # Models ask their weights for the data type; this one has the type and no memory.
         self.weight = linear.weight.detach().new_empty(0)
@@ -34,7 +36,11 @@ class PackedLinear(nn.Module):
         rows = inputs.reshape(-1, self.in_features)
         num_rows = len(rows)
         if num_rows < MIN_ROWS:
-            rows = rows.expand(MIN_ROWS, -1).contiguous() if num_rows else rows.new_zeros(MIN_ROWS, self.in_features)
+            rows = (
+                rows.expand(MIN_ROWS, -1).contiguous()
+                if num_rows
+                else rows.new_zeros(MIN_ROWS, self.in_features)
+            )
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")
         return out[:num_rows].view(*inputs.shape[:-1], self.out_features)
 
@@ -78,7 +84,9 @@ def can_pack(dtype: torch.dtype) -> bool:
     try:
         difference = (PackedLinear(linear)(inputs) - linear(inputs)).abs().max()
     except (RuntimeError, AttributeError) as error:
-        _log.warning("no packed linears for %s here, results depend on the batch: %s", dtype, str(error)[:100])
+        _log.warning(
+            "no packed linears for %s here, results depend on the batch: %s", dtype, str(error)[:100]
+        )
         return False
     return bool(difference < 0.05)
 

@@ -6,7 +6,7 @@ with a directory is a `ModelError` of one sentence.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pagebus.executor import attention
 from pagebus.executor.attention import AttentionCall, answering
@@ -56,8 +56,8 @@ def load_model(
 
     `max_model_len` 0 means what the model allows. Raises `ModelError`.
     """
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     attention.register()
     config = _read_config(path)
     longest = _longest(path, config, max_model_len)
@@ -67,7 +67,7 @@ def load_model(
         model = _dummy(path, config, kind, target, seed)
     else:
         model = _with_weights(path, config, kind, target)
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False).train(False)
     fix_rotary(model, longest)
     if target.type == "cpu":
         make_row_invariant(model)
@@ -96,7 +96,9 @@ def _read_config(path: Path) -> PreTrainedConfig:
         raise ModelError(f"{path}: its config.json is not a JSON object")
     _check_family(path, raw)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            path, trust_remote_code=False, local_files_only=True
+        )
     except Exception as error:  # whatever transformers makes of a wrong field
         raise ModelError(f"{path}: its config.json is not usable: {_first_line(error)}") from None
     _check_layers(path, config)
@@ -108,7 +110,7 @@ def _check_family(path: Path, raw: Mapping[str, object]) -> None:
     if not isinstance(kind, str):
         raise ModelError(f"{path}: its config.json names no model_type")
     mapping = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if kind not in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
+    if kind not in CONFIG_MAPPING:
         raise ModelError(f"{path}: unknown architecture {kind!r} (code that comes with a model is never run)")
     if kind not in mapping:
         raise ModelError(f"{path}: architecture {kind!r} is not a causal language model")
@@ -116,7 +118,9 @@ def _check_family(path: Path, raw: Mapping[str, object]) -> None:
     classes = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     causal = mapping[kind]
     if classes and causal not in classes:
-        raise ModelError(f"{path}: architecture {classes[0]} is not a causal language model ({causal} would be)")
+        raise ModelError(
+            f"{path}: architecture {classes[0]} is not a causal language model ({causal} would be)"
+        )
     if raw.get("quantization_config") is not None:
         raise ModelError(f"{path}: its weights are quantized, which is not supported yet")
 
@@ -174,7 +178,7 @@ def _dummy(
     torch.manual_seed(seed)
     try:
         with device:
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype, attn_implementation=attention.INTERFACE, trust_remote_code=False
             )
     except Exception as error:
@@ -189,8 +193,9 @@ def _with_weights(
         pickles = any(True for pattern in _PICKLES for _ in path.glob(pattern))
         why = "only pickled weights, which are not safe to read; convert them to" if pickles else "no"
         raise ModelError(f"{path}: it has {why} safetensors")
+    loaded: tuple[PreTrainedModel, Mapping[str, Collection[object]]]
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
             path,
             config=config,
             dtype=dtype,
@@ -202,13 +207,14 @@ def _with_weights(
         )
     except Exception as error:  # a truncated file, tensors of other shapes, a field that the family lacks
         raise ModelError(f"{path}: cannot load the weights: {_first_line(error)}") from error
+    model, info = loaded
     for what in ("missing", "mismatched"):
         keys = info.get(f"{what}_keys") or ()
         if keys:
             names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
             raise ModelError(f"{path}: {len(names)} tensors are {what} in the weights, such as {names[0]}")
-    loaded: PreTrainedModel = model.to(device)
-    return loaded
+    on_device: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
+    return on_device
 
 
 def _probe(
@@ -231,7 +237,9 @@ def _probe(
         with torch.inference_mode(), answering(note):
             model(input_ids=ids, position_ids=torch.arange(2, device=device)[None], use_cache=False)
     except Exception as error:
-        raise ModelError(f"{path}: {model.config.model_type} cannot run paged: {_first_line(error)}") from error
+        raise ModelError(
+            f"{path}: {model.config.model_type} cannot run paged: {_first_line(error)}"
+        ) from error
     num_layers = model.config.get_text_config().num_hidden_layers
     if not num_calls == len(specs) == num_layers:
         raise ModelError(

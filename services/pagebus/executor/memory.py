@@ -1,5 +1,6 @@
 """How many KV blocks there are, and how many threads. Knows sizes and the machine, no model family."""
 
+import ctypes
 import logging
 import os
 import re
@@ -12,7 +13,17 @@ from pagebus.kernels.kv_write import BLOCK_SIZE
 
 _log = logging.getLogger(__name__)
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", re.IGNORECASE)
 
 _AUTO_SHARE = 0.25
@@ -51,7 +62,9 @@ def num_kv_blocks(
     num_blocks = min(budget // bytes_a_block, _MAX_SEQUENCES * sequence_blocks)
     if num_blocks < 1:
         need, have = bytes_a_block >> 10, max(0, budget) >> 10
-        raise ModelError(f"the KV memory of {have} KiB does not hold one block of {BLOCK_SIZE} tokens ({need} KiB)")
+        raise ModelError(
+            f"the KV memory of {have} KiB does not hold one block of {BLOCK_SIZE} tokens ({need} KiB)"
+        )
     return num_blocks
 
 
@@ -101,3 +114,18 @@ def num_physical_cores() -> int:
     except (OSError, ValueError):  # no control group, or "max"
         pass
     return count
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc reuse what tensors free instead of giving it back; False where the C library is another.
+
+    A step makes the same temporaries again and again. Each one above 128 KiB would be mapped, faulted in
+    page by page and unmapped: more time than the arithmetic in it.
+    """
+    trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # from malloc.h
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    options = ((mmap_threshold, 32 << 20), (trim_threshold, (1 << 31) - 1), (arena_max, 1))
+    return all(set_option(option, value) == 1 for option, value in options)

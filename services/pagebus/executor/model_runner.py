@@ -16,7 +16,7 @@ from pagebus.executor.batch import RowInput, RowOutput
 from pagebus.executor.errors import ModelError
 from pagebus.executor.kv_cache import PagedCache
 from pagebus.executor.loader import LoadedModel, load_model
-from pagebus.executor.memory import num_kv_blocks, num_physical_cores
+from pagebus.executor.memory import keep_freed_memory, num_kv_blocks, num_physical_cores
 from pagebus.executor.sampling import Draw, sample
 from pagebus.kernels.kv_write import BLOCK_SIZE
 from pagebus.kernels.paged_attention import RowSpan
@@ -162,7 +162,7 @@ class ModelRunner:
                 self._clear(rows[i])
 
     def _clear(self, row: RowInput) -> None:
-        """Zero the blocks that this step wrote; blocks before them may be shared, and were written finite."""
+        """Zero the blocks that this step wrote; those before them may be shared, and were written finite."""
         first = row.start // BLOCK_SIZE
         self._cache.clear([list(table[first:]) for table in row.tables])
 
@@ -202,6 +202,7 @@ def build_runner(settings: ExecutorSettings, path: Path) -> ModelRunner:
     device = _choose_device(settings)
     if device == "cpu":
         torch.set_num_threads(settings.num_threads or num_physical_cores())
+        keep_freed_memory()
     loaded = load_model(
         path,
         dtype=settings.dtype,

@@ -36,14 +36,14 @@ class RotaryTable(nn.Module):
         have = table[0].shape[1] if table else 0
         while have < length:
             # Chunks begin at multiples of _CHUNK, so a factor does not depend on what was asked for first.
-            positions = torch.arange(have, have + _CHUNK, device=hidden.device)
-            last = positions.new_tensor([self._max_model_len - 1])
-            made = self._call(hidden, torch.cat((positions, last))[None], layer_type)
+            # Nothing beyond the last position is asked about: it would count as a longer context.
+            last = self._max_model_len - 1
+            positions = torch.arange(have, have + _CHUNK + 1, device=hidden.device).clamp_(max=last)
+            positions[-1] = last
+            made = self._call(hidden, positions[None], layer_type)
             is_tuple = isinstance(made, tuple)
             parts = tuple(part[:, :_CHUNK] for part in (made if isinstance(made, tuple) else (made,)))
-            table = (
-                tuple(torch.cat(pair, 1) for pair in zip(table, parts, strict=True)) if table else parts
-            )
+            table = tuple(torch.cat(pair, 1) for pair in zip(table, parts, strict=True)) if table else parts
             have += _CHUNK
         self._tables[key] = (is_tuple, table)
         return is_tuple, table

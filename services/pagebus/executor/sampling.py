@@ -15,6 +15,7 @@ from pagebus.bus.messages import Sampling
 from pagebus.kernels.gumbel import gumbel_noise, noise_key
 
 _PREFIX = 1024  # largest logits looked at first: sorting a whole vocabulary is slow and rarely needed
+_NO_LIMIT = 1 << 62  # a top-k beyond every vocabulary
 _NOISE_IDS = 1 << 18  # (row, id) pairs that get noise at once: what a cache holds
 
 
@@ -91,7 +92,7 @@ def _limit(
 ) -> list[int]:
     """Write the rows' thresholds; the rows that need more than `ordered` are returned instead."""
     device, num_ordered = ordered.device, ordered.shape[1]
-    top_k = torch.tensor([s.top_k if s.top_k > 0 else 1 << 62 for s in samplings], device=device)
+    top_k = torch.tensor([min(s.top_k, _NO_LIMIT) if s.top_k > 0 else _NO_LIMIT for s in samplings], device=device)
     top_p = torch.tensor([s.top_p for s in samplings], device=device)
     min_p = torch.tensor([s.min_p for s in samplings], device=device)
     masses = torch.exp(ordered).cumsum(-1)
@@ -112,7 +113,7 @@ def _limit(
     has_p = top_p < 1.0
     is_inside &= ~has_p | (wanted < num_ordered) | is_complete
     # A k beyond the prefix.
-    is_inside &= has_k | (top_k >= (1 << 62)) | is_complete
+    is_inside &= has_k | (top_k >= _NO_LIMIT) | is_complete
     limits.copy_(torch.where(has_p, torch.maximum(limits, pth), limits))
 
     # 3. Min-p: relative to the most probable id, whose score is 0.

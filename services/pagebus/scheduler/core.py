@@ -126,7 +126,9 @@ class SchedulerCore:
             self._book.out.extend(SendPlan(executor.name, plan) for plan in executor.to_repeat(now_s, 0.05))
 
     def _meet(self, hello: Hello, old: ExecutorState | None, now_s: float) -> None:
-        is_ours = hello.epoch == self.epoch
+        is_ours = hello.epoch == self.epoch and hello.plan > 0
+        # A Hello's count may lag; what was processed once is never repeated by the executor.
+        num_steps = max(hello.num_steps, old.num_steps if old else 0) if is_ours else 0
         kv = KvPool(hello.pool, self._config.max_num_batched_tokens)
         bounds = (self._config.max_model_len or None, hello.max_model_len, kv.num_positions)
         sequence = max(hello.plan if is_ours else 0, old.sequence if old else 0)
@@ -139,8 +141,8 @@ class SchedulerCore:
             sequence=sequence,
             acknowledged=hello.plan if is_ours else 0,
             snapshot_sequence=sequence + 1,
-            num_steps=hello.num_steps if is_ours else 0,
-            num_steps_told=hello.num_steps if is_ours else 0,
+            num_steps=num_steps,
+            num_steps_told=num_steps,
         )
         self._book.fit_waiting(now_s)
 

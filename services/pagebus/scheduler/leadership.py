@@ -129,6 +129,7 @@ class Leadership:
         self._num_beats = 0
         self._bucket: KeyValue | None = None
         self._is_unreachable = False
+        self._is_closed = False
         self.epoch = 0
 
     def hear_heartbeat(self, scheduler: str, epoch: int) -> None:
@@ -154,8 +155,8 @@ class Leadership:
         self._watch.started_s = time.monotonic()
 
     async def run(self) -> None:
-        """Watch and beat until cancelled."""
-        while True:
+        """Watch and beat until `close` or cancelled."""
+        while not self._is_closed:
             try:
                 await self._turn()
                 self._is_unreachable = False
@@ -164,7 +165,12 @@ class Leadership:
                     log.warning("the bucket cannot be reached: %s", error)
                 self._is_unreachable = True
                 self._bucket = None
-            await asyncio.sleep(BEAT_INTERVAL_S)
+            if not self._is_closed:
+                await asyncio.sleep(BEAT_INTERVAL_S)
+
+    def close(self) -> None:
+        """End `run` after the call under way: a bus's own waiting may swallow a cancellation."""
+        self._is_closed = True
 
     async def _turn(self) -> None:
         if self._bucket is None:

@@ -99,6 +99,7 @@ class SchedulerService:
                 await self._wait()
                 await self._turn()
         finally:
+            self._leadership.close()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -123,7 +124,8 @@ class SchedulerService:
 
     async def _wait(self) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._has_mail.wait(), TICK_INTERVAL_S)
+            async with asyncio.timeout(TICK_INTERVAL_S):
+                await self._has_mail.wait()
         self._has_mail.clear()
 
     async def _turn(self) -> None:

@@ -18,6 +18,7 @@ import hashlib
 import re
 
 _PART = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_MODEL_ENDINGS = frozenset({"generate", "hello", "done", "heartbeat"})
 _NOT_SLUG = re.compile(r"[^A-Za-z0-9_-]+")
 
 BUCKET = "pagebus"
@@ -36,6 +37,14 @@ def part(text: str) -> str:
     if not _PART.fullmatch(text):
         raise InvalidSubjectPartError(f"{text[:80]!r} cannot be a part of a subject: [A-Za-z0-9_-]{{1,64}}")
     return text
+
+
+def _instance(text: str) -> str:
+    """A process's part. The model subjects' last parts are refused: permissions hold wildcards such as
+    `pagebus.*.hello`, which must match no process's own subject."""
+    if text in _MODEL_ENDINGS:
+        raise InvalidSubjectPartError(f"{text!r} cannot name a process: it names a kind of message")
+    return part(text)
 
 
 def is_part(text: str) -> bool:
@@ -71,17 +80,17 @@ def heartbeat(model: str) -> str:
 
 def plan(executor: str) -> str:
     """Where one executor receives its plans."""
-    return f"pagebus.plan.{part(executor)}"
+    return f"pagebus.plan.{_instance(executor)}"
 
 
 def out(requester: str) -> str:
     """The one reply subject of a requester process."""
-    return f"pagebus.out.{part(requester)}"
+    return f"pagebus.out.{_instance(requester)}"
 
 
 def life(requester: str) -> str:
     """Where a requester process answers "are you there?" probes."""
-    return f"pagebus.life.{part(requester)}"
+    return f"pagebus.life.{_instance(requester)}"
 
 
 def api_generate(model: str) -> str:

@@ -134,10 +134,10 @@ class Requester:
         for subscription in self._subscriptions:
             await subscription.unsubscribe()
         if self._sender is not None:
-            while self._outbox and self._bus.is_connected and not self._sender.done():
-                await asyncio.sleep(0)
             self._sender.cancel()
             await asyncio.gather(self._sender, return_exceptions=True)
+            while self._outbox:
+                await self._send(self._outbox.popleft())
 
     @property
     def heartbeat_age_s(self) -> float:
@@ -384,4 +384,6 @@ class Requester:
     def _cannot_send(self, outgoing: _Outgoing, failure: RequestFailed) -> None:
         self.counters["refused"] += 1
         if outgoing.live is not None:
-            self._fail(outgoing.live, outgoing.live.state.fail(failure))
+            state = outgoing.live.state
+            self._publish_message(Cancel(request_id=state.spec.request_id, attempt=state.attempt))
+            self._fail(outgoing.live, state.fail(failure))

@@ -1,4 +1,4 @@
-"""One request as its owner sees it: what it has, which attempt counts, when to ask again. Pure: no clock, no I/O.
+"""One request, seen by its owner: what it has, which attempt counts, when to ask again. Pure.
 
 Times are seconds of whatever clock the caller uses; "send" means that the caller publishes what is returned.
 """
@@ -83,6 +83,7 @@ class RequestState:
         self._last_sign_s = now_s
         self._running_since_s = NEVER
         self._ask_at_s = now_s
+        self._jitter_s = 0.0  # this attempt's share of `timing.jitter_s`
 
     @property
     def due_s(self) -> float:
@@ -115,6 +116,7 @@ class RequestState:
         self._num_failures += 1
         self._last_sign_s = now_s
         self._ask_at_s = NEVER
+        self._jitter_s = self._rng.uniform(0.0, self._timing.jitter_s)
         spec = self.spec
         return Generate(
             request_id=spec.request_id,
@@ -210,7 +212,7 @@ class RequestState:
 
     def on_accepted(self, accepted: Accepted, now_s: float) -> None:
         """The scheduler knows the attempt."""
-        if accepted.attempt != self.attempt or self.has_ended:
+        if accepted.attempt != self.attempt or self.has_ended or accepted.epoch < self._epoch:
             return
         self._sign(accepted.epoch, now_s)
         if accepted.state == "running" and self._running_since_s == NEVER:
@@ -247,9 +249,12 @@ class RequestState:
     # Inside
 
     def _sign(self, epoch: int, now_s: float) -> None:
+        """Somebody works on the attempt; for an older leader than the one asked, it does not count."""
+        if epoch < self._epoch:
+            return
         self._is_acknowledged = True
         self._last_sign_s = now_s
-        self._epoch = max(self._epoch, epoch)
+        self._epoch = epoch
 
     def _ask_soon(self, now_s: float) -> None:
         self._ask_at_s = min(self._ask_at_s, now_s + self._rng.uniform(0.0, self._timing.jitter_s))
@@ -260,14 +265,17 @@ class RequestState:
         if self.attempt == 0:
             return NEVER
         if not self._is_acknowledged:
-            return self._last_sign_s + self._backed_off(timing.acknowledged_s)
-        no_progress_s = self._running_since_s + timing.progress_s * 2 ** min(self._num_failures, 8)
-        return min(self._last_sign_s + timing.silence_s, no_progress_s)
+            return self._last_sign_s + self._backed_off(timing.acknowledged_s) + self._jitter_s
+        no_progress_s = self._running_since_s + self._doubled(timing.progress_s)
+        return min(self._last_sign_s + timing.silence_s, no_progress_s) + self._jitter_s
 
     def _backed_off(self, first_s: float) -> float:
         """`first_s` doubled at each further attempt since the last token, up to the bound."""
-        doublings = min(max(self._num_failures - 1, 0), 16)
-        return float(min(first_s * 2**doublings, max(first_s, self._timing.max_backoff_s)))
+        return min(self._doubled(first_s), max(first_s, self._timing.max_backoff_s))
+
+    def _doubled(self, first_s: float) -> float:
+        num_doublings = min(max(self._num_failures - 1, 0), 16)
+        return first_s * (1 << num_doublings)
 
     def _own_finish_reason(self, ids: "array[int]") -> FinishReason | None:
         if not ids:

@@ -15,7 +15,9 @@ NUM_BLOCKS = 200
 class Pages:
     """Random sequences in pages, the blocks in random order; stale blocks hold large values."""
 
-    def __init__(self, lengths: list[int], *, heads: int, kv_heads: int, dim: int, value_dim: int, seed: int) -> None:
+    def __init__(
+        self, lengths: list[int], *, heads: int, kv_heads: int, dim: int, value_dim: int, seed: int
+    ) -> None:
         torch.manual_seed(seed)
         rng = random.Random(seed)
         self.keys = torch.full((kv_heads, NUM_BLOCKS + 1, BLOCK_SIZE, dim), 1e4)
@@ -70,10 +72,17 @@ def exact(pages: Pages, row: int, *, window: int | None, softcap: float | None, 
     ("heads", "kv_heads", "dim", "value_dim"), [(4, 2, 64, 64), (3, 3, 16, 16), (8, 1, 24, 40), (6, 2, 33, 7)]
 )
 @pytest.mark.parametrize(
-    ("window", "softcap", "has_sinks"), [(None, None, False), (21, None, True), (150, 2.0, False), (1, None, False)]
+    ("window", "softcap", "has_sinks"),
+    [(None, None, False), (21, None, True), (150, 2.0, False), (1, None, False)],
 )
 def test_equals_exact_attention(
-    heads: int, kv_heads: int, dim: int, value_dim: int, window: int | None, softcap: float | None, has_sinks: bool
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    value_dim: int,
+    window: int | None,
+    softcap: float | None,
+    has_sinks: bool,
 ) -> None:
     lengths = [1, 2, 16, 17, 127, 128, 129, 300, 513]
     pages = Pages(lengths, heads=heads, kv_heads=kv_heads, dim=dim, value_dim=value_dim, seed=1)
@@ -134,6 +143,8 @@ def test_rows_are_cut_into_pieces_of_bounded_size() -> None:
     table = np.arange(100, dtype=np.int64)
     spans = [RowSpan(i, 1, 4 * TILE, table) for i in range(7)] + [RowSpan(7, 300, 0, table)]
     pieces = plan_attention(spans, window=None, null_block=100, max_items=10, device=torch.device("cpu"))
-    covered = [t for piece in pieces for t in range(piece.token, piece.token + piece.num_rows * piece.num_queries)]
+    covered = [
+        t for piece in pieces for t in range(piece.token, piece.token + piece.num_rows * piece.num_queries)
+    ]
     assert sorted(covered) == list(range(307))
     assert all(len(piece.item_rows) <= 10 for piece in pieces)

@@ -29,7 +29,8 @@ def probabilities(logits: list[float], sampling: Sampling) -> list[float]:
     nucleus = nucleus or kept[:1]
     kept = [i for i in nucleus if weights[i] >= sampling.min_p * max(weights)]
     total = sum(weights[i] for i in kept)
-    return [weights[i] / total if i in kept else 0.0 for i in range(len(weights))]
+    chosen = set(kept)
+    return [weights[i] / total if i in chosen else 0.0 for i in range(len(weights))]
 
 
 @pytest.mark.parametrize(
@@ -125,18 +126,17 @@ def test_a_row_draws_the_same_alone_and_in_any_place(
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    sampling=sampling_strategy, seed=st.integers(0, 1000), scale=st.sampled_from([0.1, 1.0, 4.0])
-)
+@given(sampling=sampling_strategy, seed=st.integers(0, 1000), scale=st.sampled_from([0.1, 1.0, 4.0]))
 def test_thresholds_keep_what_the_filters_keep(sampling: Sampling, seed: int, scale: float) -> None:
     torch.manual_seed(seed)
     scores = (torch.randn(2100) * scale).double()
     scores -= scores.max()
     sampling = Sampling(top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
     limit = thresholds(scores.float()[None], [sampling])[0]
-    kept = (scores.float() >= limit).sum()
-    expected = sum(p > 0 for p in probabilities(scores.tolist(), sampling))
-    assert abs(int(kept) - expected) <= max(2, expected // 100)  # rounding at the nucleus's edge
+    expected = torch.tensor(probabilities(scores.tolist(), sampling)) > 0
+    differing = (scores.float() >= limit) != expected
+    assert scores.exp()[differing].sum() <= 1e-5 * scores.exp().sum()  # rounding at the nucleus's edge
+    assert sampling.top_p < 1 or not differing.any()
 
 
 def test_greedy_takes_the_first_of_equals() -> None:

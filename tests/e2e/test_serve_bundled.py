@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from tests.support.serve import Serve, serving
 
 from pagebus.client import Client, GenerationError
+from tests.support.serve import Serve, serving
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,13 @@ def test_the_same_seed_gives_the_same_story(sdk: openai.OpenAI) -> None:
 
 def test_n_choices_and_stop_strings(sdk: openai.OpenAI) -> None:
     answer = sdk.completions.create(
-        model="pagebus-mini", prompt="Once upon a time", max_tokens=60, temperature=1.0, seed=3, n=4, stop=["."]
+        model="pagebus-mini",
+        prompt="Once upon a time",
+        max_tokens=60,
+        temperature=1.0,
+        seed=3,
+        n=4,
+        stop=["."],
     )
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     assert all("." not in choice.text for choice in answer.choices)
@@ -86,10 +92,20 @@ def test_n_choices_and_stop_strings(sdk: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "status", "param"),
     [
-        ("/v1/chat/completions", {"model": "nobody", "messages": [{"role": "user", "content": "x"}]}, 404, "model"),
+        (
+            "/v1/chat/completions",
+            {"model": "nobody", "messages": [{"role": "user", "content": "x"}]},
+            404,
+            "model",
+        ),
         ("/v1/chat/completions", {"model": "pagebus-mini", "messages": []}, 400, "messages"),
         ("/v1/completions", {"model": "pagebus-mini", "prompt": "x", "max_tokens": -1}, 400, "max_tokens"),
-        ("/v1/completions", {"model": "pagebus-mini", "prompt": "x", "temperature": "hot"}, 400, "temperature"),
+        (
+            "/v1/completions",
+            {"model": "pagebus-mini", "prompt": "x", "temperature": "hot"},
+            400,
+            "temperature",
+        ),
         ("/v1/completions", {"model": "pagebus-mini", "prompt": "word " * 20_000}, 400, "prompt"),
         ("/v1/completions", {"model": "pagebus-mini", "prompt": [10**6]}, 400, "prompt"),
     ],
@@ -117,7 +133,10 @@ def test_a_client_that_goes_away_frees_its_blocks(serve: Serve, sdk: openai.Open
     stream.close()
     deadline = threading.Event()
     for _ in range(50):
-        if _metric(serve, "vllm:num_requests_running") == 0 and _metric(serve, "vllm:kv_cache_usage_perc") == 0:
+        if (
+            _metric(serve, "vllm:num_requests_running") == 0
+            and _metric(serve, "vllm:kv_cache_usage_perc") == 0
+        ):
             return
         deadline.wait(0.1)
     raise AssertionError("blocks are still held 5 s after the client left")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+
 from tests.support.serve import Serve, serving
 
 ROLES = ["gateway", "scheduler", "executor", "nats-server"]
@@ -20,7 +21,11 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
 def ask(serve: Serve) -> str:
     status, answer = serve.post(
         "/v1/chat/completions",
-        {"model": "pagebus-mini", "messages": [{"role": "user", "content": "What is 2 + 3?"}], "temperature": 0},
+        {
+            "model": "pagebus-mini",
+            "messages": [{"role": "user", "content": "What is 2 + 3?"}],
+            "temperature": 0,
+        },
     )
     assert status == 200, answer
     return answer["choices"][0]["message"]["content"]

@@ -5,13 +5,13 @@ import random
 from pathlib import Path
 
 import pytest
-from tests.support import reference
-from tests.support.models import make_model
-from tests.support.serve import serving
 from transformers import AutoTokenizer
 
 import pagebus.bundled
 from pagebus.client import Client
+from tests.support import reference
+from tests.support.models import make_model
+from tests.support.serve import serving
 
 NUM_STREAMS = 32
 NUM_TOKENS = 48
@@ -43,7 +43,8 @@ def bundled_prompts() -> list[list[int]]:
     rng = random.Random(8)
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
     questions = [
-        f"What is {rng.randrange(1000)} {rng.choice('+-')} {rng.randrange(1000)}?" for _ in range(NUM_STREAMS - 2)
+        f"What is {rng.randrange(1000)} {rng.choice('+-')} {rng.randrange(1000)}?"
+        for _ in range(NUM_STREAMS - 2)
     ]
     questions += ["Tell me a story about a fox.", "What is pagebus?"]
     return [

@@ -49,7 +49,8 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "phi3": lambda: Phi3Config(**_BASE),
     "granite": lambda: GraniteConfig(
-        **_BASE, logits_scaling=3.0, attention_multiplier=0.2, residual_multiplier=0.7, embedding_multiplier=2.0
+        **_BASE, logits_scaling=3.0, attention_multiplier=0.2, residual_multiplier=0.7,
+        embedding_multiplier=2.0,
     ),
     "nemotron": lambda: NemotronConfig(**_BASE, **_HEAD),
     "olmo2": lambda: Olmo2Config(**_BASE),

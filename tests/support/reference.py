@@ -17,7 +17,9 @@ def load(path: Path) -> PreTrainedModel:
 
 
 @torch.inference_mode()
-def greedy(model: PreTrainedModel, prompt: Sequence[int], num_tokens: int, eos: Sequence[int] = ()) -> list[int]:
+def greedy(
+    model: PreTrainedModel, prompt: Sequence[int], num_tokens: int, eos: Sequence[int] = ()
+) -> list[int]:
     """`generate`'s greedy continuation, up to and including the first of `eos`."""
     out = model.generate(
         torch.tensor([list(prompt)]),
@@ -40,7 +42,11 @@ def worst_margin(model: PreTrainedModel, prompt: Sequence[int], ids: Sequence[in
 
 
 def assert_greedy(
-    model: PreTrainedModel, prompt: Sequence[int], ids: Sequence[int], num_tokens: int, eos: Sequence[int] = ()
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    ids: Sequence[int],
+    num_tokens: int,
+    eos: Sequence[int] = (),
 ) -> None:
     """`ids` are `generate`'s own, or part from them at a tie only and are as greedy throughout."""
     expected = greedy(model, prompt, num_tokens, eos)

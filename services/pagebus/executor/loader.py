@@ -131,8 +131,8 @@ def _check_layers(path: Path, config: PreTrainedConfig) -> None:
     kinds = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     if kinds:
         raise ModelError(
-            f"{path}: {config.model_type} has layers of kind {', '.join(sorted(map(str, kinds)))}, which are not"
-            " supported"
+            f"{path}: {config.model_type} has layers of kind {', '.join(sorted(map(str, kinds)))}, which are"
+            " not supported"
         )
 
 

@@ -1,5 +1,7 @@
 """A model with its pages: prepare, forward, sample. Knows rows and tables, no plan, no text and no bus."""
 
+import pagebus.executor.openmp  # noqa: F401  # isort: skip  (before torch)
+
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass

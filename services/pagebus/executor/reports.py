@@ -74,16 +74,7 @@ def make_report(
         positions.append(failure.row.position)
         counts.append(0)
         failed[start.handle] = failure.message
-        told.setdefault(
-            (start.reply, start.request_id, start.attempt),
-            Failed(
-                request_id=start.request_id,
-                attempt=start.attempt,
-                code=failure.code,
-                message=failure.message,
-                is_retryable=failure.is_retryable,
-            ),
-        )
+        told.setdefault((start.reply, start.request_id, start.attempt), _told(failure))
     done = StepDone(
         executor=executor,
         epoch=epoch,
@@ -101,6 +92,16 @@ def make_report(
         done=done,
         tokens={reply: Tokens(epoch=epoch, rows=tuple(rows)) for reply, rows in rows_by_reply.items()},
         failures=[(reply, message) for (reply, _, _), message in told.items()],
+    )
+
+
+def _told(failure: RowFailure) -> Failed:
+    return Failed(
+        request_id=failure.row.start.request_id,
+        attempt=failure.row.start.attempt,
+        code=failure.code,
+        message=failure.message,
+        is_retryable=failure.is_retryable,
     )
 
 

@@ -136,16 +136,12 @@ class Tracing:
             prefill.set_attribute(names.USAGE_INPUT_TOKENS, timings.num_prompt_tokens)
             prefill.end(prefill_end)
         if timings.first_token_ns is not None:
-            decode = self.span(
-                "decode", context, SpanKind.INTERNAL, timings.first_token_ns, timings.ended_ns
-            )
+            decode = self.span("decode", context, SpanKind.INTERNAL, timings.first_token_ns, timings.ended_ns)
             decode.set_attribute(names.USAGE_OUTPUT_TOKENS, timings.num_generated_tokens)
             decode.end(timings.ended_ns)
         process.end(timings.ended_ns)
 
-    def span(
-        self, name: str, parent: "Context", kind: "SpanKind", start_ns: int, end_ns: int
-    ) -> "Span":
+    def span(self, name: str, parent: "Context", kind: "SpanKind", start_ns: int, end_ns: int) -> "Span":
         """A span that began at `start_ns`; the caller ends it (at `end_ns` or later)."""
         return self._tracer.start_span(name, context=parent, kind=kind, start_time=min(start_ns, end_ns))
 

@@ -4,10 +4,10 @@ import subprocess
 import sys
 
 import pytest
-from tests.support.otlp import otlp_receiver
 
 from pagebus.telemetry import tracing
 from pagebus.telemetry.tracing import RequestTimings
+from tests.support.otlp import otlp_receiver
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 CLIENT_HEADERS = {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"}

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from exercises import Chat, Text, draw_chat, draw_drill, draw_text
-from tokenizer import END_OF_TEXT, TURN_END, TURN_START
+from tokenizer import END_OF_TEXT, TURN_END, TURN_START, special_id
 from tokenizers import Tokenizer
 
 NO_LOSS = -100
 # What one chunk holds: chats, bare sums, plain texts.
-CHUNK_CHATS, CHUNK_DRILLS, CHUNK_TEXTS = 160, 300, 4
+CHUNK_CHATS, CHUNK_DRILLS, CHUNK_TEXTS = 160, 220, 10
 MAX_TOKENS = 640
 
 
@@ -79,7 +79,7 @@ def _tensors(samples: list[Sample], length: int, pad_id: int) -> tuple[torch.Ten
 def batches(tokenizer: Tokenizer, seed: int, tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of about `tokens` padded tokens for ever; the same seed gives the same batches."""
     rng = random.Random(seed)
-    pad_id = tokenizer.token_to_id(END_OF_TEXT)
+    pad_id = special_id(tokenizer, END_OF_TEXT)
     waiting: dict[int, list[Sample]] = {}
     while True:
         items: list[Chat | Text] = [draw_chat(rng) for _ in range(CHUNK_CHATS)]

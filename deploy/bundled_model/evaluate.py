@@ -47,11 +47,13 @@ def answers(
     max_new: int = 96,
 ) -> list[str]:
     """Greedy answers of a transformers model to chats; an answer that does not stop by itself ends in `…`."""
-    texts = [
-        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats
+    prompts = [
+        str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)) for chat in chats
     ]
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    made = model.generate(
+    batch = tokenizer(
+        prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+    )
+    made = model.generate(  # type: ignore[operator]
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         do_sample=False,
@@ -59,7 +61,7 @@ def answers(
     )[:, batch["input_ids"].shape[1] :]
     ends = torch.tensor([tokenizer.eos_token_id, tokenizer.pad_token_id])
     stopped = torch.isin(made, ends).any(dim=1).tolist()
-    texts = tokenizer.batch_decode(made, skip_special_tokens=True)
+    texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in made]
     return [text if is_stopped else text + "…" for text, is_stopped in zip(texts, stopped, strict=True)]
 
 

@@ -319,9 +319,9 @@ def stories(rng: random.Random, held_out: bool = False) -> Turn:
 
 # skill: its share of the chat turns
 SKILLS: dict[Skill, float] = {
-    sums: 10, differences: 16, products: 8, spelling: 9, reversing: 11, letter_count: 6, word_count: 3,
-    word_sorting: 8, word_order: 4, repeating: 3, number_sorting: 8, counting: 5, comparing: 7, following: 3,
-    pagebus_facts: 10, small_talk: 7, stories: 1.5,
+    sums: 10, differences: 12, products: 6, spelling: 7, reversing: 7, letter_count: 5, word_count: 2,
+    word_sorting: 16, word_order: 4, repeating: 4, number_sorting: 16, counting: 10, comparing: 8, following: 2,
+    pagebus_facts: 8, small_talk: 6, stories: 1.5,
 }
 _CHOICES, _WEIGHTS = tuple(SKILLS), tuple(SKILLS.values())
 
@@ -362,5 +362,7 @@ def draw_text(rng: random.Random) -> Text:
         cut = story.index(" ")  # between words, where the tokenizer cuts as well
         return Text(story[:cut], story[cut:])
     turn = draw_turn(rng)
+    if rng.random() < 0.4:
+        return Text(turn.question, "\n" + turn.answer)
     before, between = rng.choice((("Q: ", "\nA:"), ("Question: ", "\nAnswer:"), ("", "\n")))
     return Text(before + turn.question + between, (" " if between != "\n" else "") + turn.answer)

@@ -34,9 +34,7 @@ class _RmsNorm(torch.autograd.Function):
     """Root mean square normalisation in a handful of passes over memory, backwards as well."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, dtype: torch.dtype
-    ) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
         normed = wide * scale
@@ -45,7 +43,7 @@ class _RmsNorm(torch.autograd.Function):
         return (normed * weight).to(dtype)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         normed, scale, weight = ctx.saved_tensors  # type: ignore[attr-defined]
         wide = grad.float()
         product = wide * normed
@@ -65,7 +63,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
-        out: Tensor = _RmsNorm.apply(x, self.weight, dtype)
+        out: Tensor = _RmsNorm.apply(x, self.weight, dtype)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -88,7 +86,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     CPU this is three to six times as fast, forward and backward, as torch's fused kernel."""
     future = torch.full((q.shape[2], q.shape[2]), float("-inf"), dtype=q.dtype).triu(1)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + future
-    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+    out: Tensor = scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+    return out
 
 
 class Attention(nn.Module):
@@ -176,8 +175,7 @@ class Network(nn.Module):
         return out
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross entropy where `targets` [batch, length] is not negative; nothing else meets the "
-        "output layer."""
+        """Mean cross entropy where `targets` [batch, length] is not negative; the rest gets no logits."""
         wanted = targets >= 0
         logits = F.linear(self.forward(ids)[wanted], self.embed_tokens.weight)
         return F.cross_entropy(logits.float(), targets[wanted])

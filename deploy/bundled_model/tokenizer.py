@@ -1,5 +1,4 @@
-"""The bundled model's tokenizer: byte-level BPE in which every digit is a token of its own, and its chat "
-"template."""
+"""The bundled model's tokenizer: byte-level BPE, every digit a token of its own, and its chat template."""
 
 from __future__ import annotations
 
@@ -43,6 +42,14 @@ def train_tokenizer(lines: list[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(lines, trainer)
     return tokenizer
+
+
+def special_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of one of the special tokens; a tokenizer without it is not ours."""
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise ValueError(f"the tokenizer has no {token}")
+    return int(found)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

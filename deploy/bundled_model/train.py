@@ -23,8 +23,9 @@ from evaluate import score_all
 from exercises import draw_chat, draw_text
 from network import Network, Shape, config_of, exported
 from safetensors.torch import load_file, save_file
-from tokenizer import END_OF_TEXT, TURN_END, save_tokenizer, train_tokenizer
+from tokenizer import END_OF_TEXT, TURN_END, save_tokenizer, special_id, train_tokenizer
 from tokenizers import Tokenizer
+from torch.multiprocessing.spawn import spawn
 
 FILES = (
     "tokenizer.json",
@@ -49,7 +50,7 @@ def new_tokenizer(vocab: int) -> Tokenizer:
 def save(network: Network, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the model as a Hugging Face directory; each file replaces its old one at once."""
     folder.mkdir(parents=True, exist_ok=True)
-    end, pad = tokenizer.token_to_id(TURN_END), tokenizer.token_to_id(END_OF_TEXT)
+    end, pad = special_id(tokenizer, TURN_END), special_id(tokenizer, END_OF_TEXT)
     with TemporaryDirectory(dir=folder.parent) as name:
         scratch = Path(name)
         save_tokenizer(tokenizer, scratch)
@@ -107,13 +108,14 @@ class Optimizers:
         for worker, share in enumerate(self.shares):
             flat = torch.cat([matrix.flatten() for matrix in share])
             dist.broadcast(flat, worker)
-            for matrix, new in zip(share, flat.split([matrix.numel() for matrix in share]), strict=True):
+            for matrix, new in zip(
+                share, torch.split(flat, [matrix.numel() for matrix in share]), strict=True
+            ):
                 matrix.copy_(new.view_as(matrix))
 
 
 def schedule(done: float, level: float, warm_up: float = 0.015) -> float:
-    """The factor of the learning rate when the part `done` of the time has passed: up, level, down to "
-    "zero."""
+    """The factor of the learning rate when the part `done` of the time has passed."""
     if done < warm_up:
         return done / warm_up
     return max(0.0, min(1.0, (1 - done) / (1 - level)))
@@ -124,13 +126,14 @@ def average_gradients(network: Network, workers: int) -> None:
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
-    for gradient, mean in zip(gradients, (flat / workers).split([g.numel() for g in gradients]), strict=True):
+    for gradient, mean in zip(
+        gradients, torch.split(flat / workers, [g.numel() for g in gradients]), strict=True
+    ):
         gradient.copy_(mean.view_as(gradient))
 
 
 def train(network: Network, tokenizer: Tokenizer, options: argparse.Namespace, rank: int) -> None:
-    """Steps until the time is over; the first worker owns the clock, says how it goes and evaluates now "
-    "and then."""
+    """Steps until the time is over; the first worker owns the clock, and evaluates now and then."""
     optims = Optimizers(network, options, rank)
     start, steps, tokens, sums, count = time.monotonic(), 0, 0, 0.0, 0
     next_report, next_line = options.report_every, 0.5
@@ -143,7 +146,7 @@ def train(network: Network, tokenizer: Tokenizer, options: argparse.Namespace, r
             break
         with torch.autocast("cpu", torch.bfloat16, enabled=not options.float32):
             loss = network.loss(ids, targets)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         average_gradients(network, options.workers)
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optims.step(schedule(minutes / options.minutes, options.level))
@@ -225,10 +228,9 @@ def work(rank: int, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Starts the workers: several processes of one thread each share two busy cores far better than "
-    "threads do."""
+    """Starts the workers: processes of one thread each share busy cores far better than threads do."""
     options = parse()
-    torch.multiprocessing.spawn(work, args=(options,), nprocs=options.workers)
+    spawn(work, args=(options,), nprocs=options.workers)  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

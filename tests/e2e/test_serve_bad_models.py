@@ -1,4 +1,4 @@
-"""A model directory that is missing, broken or unsupported ends `serve` with one clear line, no stack trace."""
+"""A missing, broken or unsupported model directory ends `serve` with one clear line, no stack trace."""
 
 import json
 import os

@@ -55,14 +55,25 @@ def bundled_prompts() -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize("horizon", [1, 8])
-@pytest.mark.parametrize("kind", ["bundled", "llama", "qwen3"])
-def test_streams_give_the_greedy_tokens(tmp_path: Path, kind: str, horizon: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "horizon", "kv_memory"),
+    [
+        ("bundled", 1, "auto"),
+        ("bundled", 8, "auto"),
+        ("llama", 1, "auto"),
+        ("llama", 8, "auto"),
+        ("llama", 4, "3MiB"),  # 64 blocks for rows that want 250: many are preempted
+        ("qwen3", 1, "auto"),
+        ("qwen3", 8, "auto"),
+    ],
+)
+def test_streams_give_the_greedy_tokens(tmp_path: Path, kind: str, horizon: int, kv_memory: str) -> None:
     path = BUNDLED if kind == "bundled" else make_model(kind, tmp_path / kind)
     model = reference.load(path)
     prompts = bundled_prompts() if kind == "bundled" else random_prompts(model.config.vocab_size)
     eos_ids = model.generation_config.eos_token_id if kind == "bundled" else []
     arguments = ["--horizon", str(horizon), "--dtype", "float32", "--served-model-name", "exact"]
+    arguments += ["--kv-cache-memory", kv_memory]
     if kind != "bundled":
         arguments.insert(0, str(path))
     with serving(tmp_path, *arguments) as serve:

@@ -164,7 +164,7 @@ class ModelRunner:
                 self._clear(rows[i])
 
     def _clear(self, row: RowInput) -> None:
-        """Zero the blocks that this step wrote; those before them may be shared, and were written finite."""
+        """Zero the blocks that this step wrote; those before them may be shared, and are finite."""
         first = row.start // BLOCK_SIZE
         self._cache.clear([list(table[first:]) for table in row.tables])
 
@@ -179,14 +179,15 @@ class ModelRunner:
                 outputs[i].error = "the model made logits that are not finite"
         if not chosen:
             return
-        draws = [Draw(rows[i].sampling, rows[i].choice, rows[i].index) for i in (sampled[n] for n in chosen)]
+        wanted = [rows[sampled[n]] for n in chosen]
+        draws = [Draw(row.sampling, row.choice, row.index) for row in wanted]
         picked = logits if len(chosen) == len(sampled) else logits[chosen]
         for n, token in zip(chosen, sample(picked, draws).tolist(), strict=True):
             outputs[sampled[n]].id = token
 
 
 def padded_size(num_tokens: int) -> int:
-    """Tokens computed for `num_tokens`: oneDNN compiles a kernel a size (a millisecond each), so sizes are few.
+    """Tokens computed for `num_tokens`: few sizes, as oneDNN compiles a kernel for each (about 1 ms).
 
     Steps of 2 up to 16, then about an eighth more at most.
     """

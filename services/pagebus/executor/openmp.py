@@ -1,4 +1,4 @@
-"""Tells OpenMP's threads to spin briefly. Imported before torch, because libgomp reads this when it is loaded.
+"""Tells OpenMP's threads to spin briefly. Imported before torch: libgomp reads this when it is loaded.
 
 By default a thread that waits for the others spins for a long time. Where anything else runs on the cores,
 it spins in the very time that the others need: measured on two busy cores, a decode step of the bundled

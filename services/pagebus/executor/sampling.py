@@ -92,7 +92,8 @@ def _limit(
 ) -> list[int]:
     """Write the rows' thresholds; the rows that need more than `ordered` are returned instead."""
     device, num_ordered = ordered.device, ordered.shape[1]
-    top_k = torch.tensor([min(s.top_k, _NO_LIMIT) if s.top_k > 0 else _NO_LIMIT for s in samplings], device=device)
+    ks = [min(s.top_k, _NO_LIMIT) if s.top_k > 0 else _NO_LIMIT for s in samplings]
+    top_k = torch.tensor(ks, device=device)
     top_p = torch.tensor([s.top_p for s in samplings], device=device)
     min_p = torch.tensor([s.min_p for s in samplings], device=device)
     masses = torch.exp(ordered).cumsum(-1)

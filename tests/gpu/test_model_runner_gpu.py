@@ -1,0 +1,66 @@
+"""The same greedy tokens as transformers', with pages, attention and sampling on a CUDA device."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from pagebus.bus.messages import Sampling
+from pagebus.executor.batch import RowInput
+from pagebus.executor.model_runner import ModelRunner, build_runner
+from pagebus.settings.structs import ExecutorSettings
+from tests.support import reference
+from tests.support.models import CONFIGS, VOCAB_SIZE, make_model
+from tests.support.rows import Blocks, Row, run_rows
+
+pytestmark = pytest.mark.gpu
+NUM_TOKENS = 64
+LENGTHS = (1, 2, 15, 16, 17, 31, 70, 129, 200)
+
+
+def build(path: Path, dtype: str = "float32") -> ModelRunner:
+    settings = ExecutorSettings(dtype=dtype, device="cuda", gpu_memory_utilization=0.05)
+    return build_runner(settings, path)
+
+
+def prompts(seed: int) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(VOCAB_SIZE) for _ in range(length)] for length in LENGTHS]
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, kind: str) -> None:
+    path = make_model(kind, tmp_path / kind, has_tokenizer=False)
+    model, runner = reference.load(path), build(path)
+    blocks = Blocks(runner)
+    rows = [Row(prompt, blocks.tables(len(prompt) + NUM_TOKENS), NUM_TOKENS) for prompt in prompts(1)]
+    run_rows(runner, rows, random.Random(2))
+    for row in rows:
+        reference.assert_greedy(model, row.prompt, row.made, NUM_TOKENS)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_tokens_are_close(tmp_path: Path, dtype: str) -> None:
+    path = make_model("qwen3", tmp_path / "model", has_tokenizer=False)
+    model, runner = reference.load(path), build(path, dtype)
+    blocks = Blocks(runner)
+    rows = [Row(prompt, blocks.tables(len(prompt) + 16), 16) for prompt in prompts(4)]
+    run_rows(runner, rows, random.Random(5))
+    worst = [reference.worst_margin(model, row.prompt, row.made) for row in rows]
+    assert sorted(worst)[len(worst) // 2] < 0.5, worst
+
+
+def test_drawn_ids_are_those_of_the_cpu(tmp_path: Path) -> None:
+    path = make_model("llama", tmp_path / "model", has_tokenizer=False)
+    on_cpu = build_runner(ExecutorSettings(dtype="float32", device="cpu", kv_cache_memory="16MiB"), path)
+    on_gpu = build(path)
+    sampling = Sampling(temperature=0.8, top_k=50, top_p=0.95, seed=11)
+    made = []
+    for runner in (on_cpu, on_gpu):
+        tables = Blocks(runner).tables(64)
+        rows = [
+            RowInput(ids=prompt, start=0, tables=tables, sampling=sampling, choice=choice, index=7)
+            for choice, prompt in enumerate(prompts(6)[2:5])
+        ]
+        made.append([runner.step([row])[0].id for row in rows])
+    assert made[0] == made[1]

@@ -201,6 +201,4 @@ async def check_stop(executor_bus: Bus, scheduler_bus: Bus) -> None:
     assert lead.received["r0"] == fake_sequence(PROMPTS[4], num_made)
 
 
-
-
 Check = Callable[[Bus, Bus], Awaitable[None]]

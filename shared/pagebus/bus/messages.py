@@ -280,9 +280,7 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     max_model_len: int = 0  # after it was lowered to what the pool holds; 0 while no executor is known
 
 
-AnyMessage = (
-    Generate | Accepted | Rejected | Cancel | Failed | Plan | StepDone | Tokens | Hello | Heartbeat
-)
+AnyMessage = Generate | Accepted | Rejected | Cancel | Failed | Plan | StepDone | Tokens | Hello | Heartbeat
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)

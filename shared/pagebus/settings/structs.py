@@ -57,9 +57,9 @@ class GatewaySettings(CommonSettings):
     api_key: Annotated[tuple[Text, ...], Meta(description="key(s), one of which clients must send")] = ()
     chat_template: Annotated[Text, Meta(description="Jinja chat template file, instead of the model's")] = ""
     max_body_bytes: Annotated[Count, Meta(description="largest request body, bytes")] = 8 << 20
-    request_timeout_s: Annotated[
-        float, Meta(gt=0, le=1e6, description="a request's deadline, seconds")
-    ] = 600.0
+    request_timeout_s: Annotated[float, Meta(gt=0, le=1e6, description="a request's deadline, seconds")] = (
+        600.0
+    )
     keep_alive_interval_s: Annotated[
         float, Meta(gt=0, le=1e6, description="seconds of pause after which a stream gets a comment")
     ] = 10.0

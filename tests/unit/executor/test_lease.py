@@ -386,7 +386,7 @@ def test_results_are_the_same_for_every_horizon(horizon: int) -> None:
         assert state.take_plan(scheduler.plan()) is Outcome.TAKEN
         for report in run(state, runner):
             scheduler.take_done(report.done)
-            for token_row in (report.tokens["pagebus.out.r"].rows if report.tokens else ()):
+            for token_row in report.tokens["pagebus.out.r"].rows if report.tokens else ():
                 received[token_row.request_id] += unpack_ids(token_row.ids)
         if not state.view.handles:
             break

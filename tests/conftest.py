@@ -1,10 +1,14 @@
 """Options that all tests share: what needs an absent tool or a GPU is deselected, and listed."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+
+# Threads of OpenMP that spin while they wait slow everything down where test processes share two cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 ROOT = Path(__file__).resolve().parent.parent
 

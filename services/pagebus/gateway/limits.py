@@ -4,6 +4,7 @@ It knows sizes and times, nothing of what a body means.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -23,6 +24,9 @@ MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_MESSAGES = 16_384
 BODY_TIMEOUT_S = 30.0
+DISCARD_TIMEOUT_S = 10.0
+MAX_DISCARDED_BYTES = 128 << 20
+"""How much of a body that is too large is read on, and for how long, before the connection is closed."""
 
 
 class ClientGoneError(Exception):
@@ -41,14 +45,15 @@ def header(scope: Scope, name: bytes) -> bytes | None:
 async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
     """The whole body.
 
-    Raises a 413 as soon as it is known to be too large, before buffering it, a 408 when it takes over 30 s,
-    and `ClientGoneError`.
+    Raises a 413 when it is too large, without buffering it, a 408 when it takes over 30 s, and
+    `ClientGoneError`.
     """
     encoding = header(scope, b"content-encoding")
     if encoding is not None and encoding.strip().lower() not in (b"", b"identity"):
         raise ApiError(415, "send the body without content-encoding", code="unsupported_content_encoding")
     length = header(scope, b"content-length")
     if length is not None and length.isdigit() and (len(length) > 18 or int(length) > max_bytes):
+        await _discard(receive)
         raise _too_large(max_bytes)
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
@@ -69,10 +74,28 @@ async def _read(receive: Receive, max_bytes: int) -> bytes:
         part: bytes = message.get("body", b"")
         size += len(part)
         if size > max_bytes:
+            if message.get("more_body", False):
+                parts.clear()
+                await _discard(receive)
             raise _too_large(max_bytes)
         parts.append(part)
         if not message.get("more_body", False):
             return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def _discard(receive: Receive) -> None:
+    """Read on and forget, for a while: many clients look at an answer only when all is sent, and closing the
+    connection before would show them a reset instead of the 413."""
+    num_bytes = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_TIMEOUT_S):
+            while num_bytes < MAX_DISCARDED_BYTES:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGoneError
+                num_bytes += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 def _too_large(max_bytes: int) -> ApiError:

@@ -320,8 +320,8 @@ def stories(rng: random.Random, held_out: bool = False) -> Turn:
 # skill: its share of the chat turns
 SKILLS: dict[Skill, float] = {
     sums: 10, differences: 12, products: 6, spelling: 7, reversing: 7, letter_count: 5, word_count: 2,
-    word_sorting: 16, word_order: 4, repeating: 4, number_sorting: 16, counting: 10, comparing: 8, following: 2,
-    pagebus_facts: 8, small_talk: 6, stories: 1.5,
+    word_sorting: 16, word_order: 4, repeating: 4, number_sorting: 16, counting: 18, comparing: 8,
+    following: 2, pagebus_facts: 8, small_talk: 6, stories: 1.5,
 }
 _CHOICES, _WEIGHTS = tuple(SKILLS), tuple(SKILLS.values())
 

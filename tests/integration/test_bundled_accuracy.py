@@ -19,24 +19,25 @@ sys.path.insert(0, str(ROOT / "deploy" / "bundled_model"))
 import evaluate  # noqa: E402
 import exercises  # noqa: E402
 
-# The least share of held-out questions answered exactly.
+# The least share of held-out questions answered exactly. The first three are what the model is held to; the
+# others lie a bit below what was measured (the table in deploy/bundled_model/README.md).
 FLOORS = {
     exercises.sums: 0.95,
     exercises.differences: 0.95,
     exercises.products: 0.98,
-    exercises.spelling: 0.90,
-    exercises.reversing: 0.80,
-    exercises.letter_count: 0.85,
-    exercises.word_count: 0.85,
-    exercises.word_sorting: 0.80,
-    exercises.word_order: 0.85,
+    exercises.spelling: 0.85,
+    exercises.reversing: 0.85,
+    exercises.letter_count: 0.75,
+    exercises.word_count: 0.90,
+    exercises.word_sorting: 0.65,
+    exercises.word_order: 0.80,
     exercises.repeating: 0.85,
-    exercises.number_sorting: 0.80,
-    exercises.counting: 0.85,
+    exercises.number_sorting: 0.65,
+    exercises.counting: 0.55,
     exercises.comparing: 0.90,
-    exercises.following: 0.85,
-    exercises.pagebus_facts: 0.95,
-    exercises.small_talk: 0.95,
+    exercises.following: 0.90,
+    exercises.pagebus_facts: 0.90,
+    exercises.small_talk: 0.90,
 }
 QUESTIONS = {exercises.sums: 300, exercises.differences: 300, exercises.products: 200}
 

@@ -6,6 +6,7 @@ import shlex
 from dataclasses import dataclass
 
 _TIMEOUT_S = 2.0
+_MAX_BYTES = 65_536
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Capacity:
     num_blocks: int
     block_size: int  # tokens
     max_model_len: int  # tokens, as lowered to what the pool holds
+    full_model_len: int = 0  # before that; 0: not known
 
     @property
     def num_tokens(self) -> int:
@@ -27,7 +29,10 @@ class Capacity:
             return "KV cache of unknown size"
         num_requests = self.num_tokens // self.max_model_len
         requests = f"{num_requests:,} full-length request{'' if num_requests == 1 else 's'}"
-        return f"KV cache {self.num_tokens:,} tokens = {requests} of {self.max_model_len:,}"
+        words = f"KV cache {self.num_tokens:,} tokens = {requests} of {self.max_model_len:,}"
+        if self.max_model_len < self.full_model_len:
+            words += f" (the context is lowered from {self.full_model_len:,}: the cache holds no more)"
+        return words
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,10 @@ async def _get(host: str, port: int) -> bytes:
     try:
         writer.write(b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         await writer.drain()
-        return await reader.read(65_536)
+        answer = b""
+        while len(answer) < _MAX_BYTES and (part := await reader.read(_MAX_BYTES)):
+            answer += part  # head and body may come apart; the gateway closes after them
+        return answer
     finally:
         writer.close()
 
@@ -66,14 +74,21 @@ def _parse(answer: bytes) -> Readiness:
         return Readiness(status)
     if not isinstance(content, dict):
         return Readiness(status)
-    numbers = [content.get(key) for key in ("num_blocks", "block_size", "max_model_len")]
-    counts = [number for number in numbers if isinstance(number, int)]
     reason = content.get("reason")
     return Readiness(
         status,
-        Capacity(*counts) if len(counts) == 3 else None,
+        _capacity(content),
         reason if isinstance(reason, str) else "",
     )
+
+
+def _capacity(content: dict[str, object]) -> Capacity | None:
+    match content:
+        case {"num_blocks": int(blocks), "block_size": int(size), "max_model_len": int(length)}:
+            full = content.get("full_model_len")
+            return Capacity(blocks, size, length, full if isinstance(full, int) else 0)
+        case _:
+            return None
 
 
 def curl_command(url: str, model: str, *, has_key: bool) -> str:

@@ -33,6 +33,7 @@ class Readiness(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 0
     num_kv_tokens: int = 0
     max_model_len: int = 0
+    full_model_len: int = 0
     num_running: int = 0
     num_waiting: int = 0
 
@@ -64,6 +65,7 @@ def readiness(context: GatewayContext) -> Readiness:
         block_size=beat.block_size,
         num_kv_tokens=beat.num_blocks * beat.block_size,
         max_model_len=context.generations.max_model_len,
+        full_model_len=beat.full_model_len,
         num_running=beat.num_running,
         num_waiting=beat.num_waiting,
     )

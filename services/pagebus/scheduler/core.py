@@ -38,6 +38,7 @@ class Figures(NamedTuple):
     num_free_blocks: int
     block_size: int
     max_model_len: int
+    full_model_len: int  # the same before it was lowered to what the pools hold
 
 
 class SchedulerCore:
@@ -130,13 +131,14 @@ class SchedulerCore:
         # A Hello's count may lag; what was processed once is never repeated by the executor.
         num_steps = max(hello.num_steps, old.num_steps if old else 0) if is_ours else 0
         kv = KvPool(hello.pool, self._config.max_num_batched_tokens)
-        bounds = (self._config.max_model_len or None, hello.max_model_len, kv.num_positions)
+        full_len = min(self._config.max_model_len or hello.max_model_len, hello.max_model_len)
         sequence = max(hello.plan if is_ours else 0, old.sequence if old else 0)
         self._executors[hello.executor] = ExecutorState(
             name=hello.executor,
             kv=kv,
             max_num_seqs=hello.max_num_seqs,
-            max_len=min(bound for bound in bounds if bound is not None),
+            max_len=full_len if kv.num_positions is None else min(full_len, kv.num_positions),
+            full_len=full_len,
             heard_s=now_s,
             sequence=sequence,
             acknowledged=hello.plan if is_ours else 0,
@@ -295,4 +297,5 @@ class SchedulerCore:
             num_free_blocks=sum(executor.kv.num_free for executor in live),
             block_size=live[0].kv.groups[0].block_size if live else 16,
             max_model_len=self._book.max_model_len,
+            full_model_len=min((executor.full_len for executor in live), default=0),
         )

@@ -40,6 +40,7 @@ class ExecutorState:
     kv: KvPool
     max_num_seqs: int
     max_len: int  # longest sequence in tokens: the model's, the setting's, the pool's
+    full_len: int  # the same without the pool's limit
     heard_s: float
     sequence: int = 0  # of the newest plan
     acknowledged: int = 0  # newest plan that the executor took

@@ -278,6 +278,7 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     num_free_blocks: int = 0
     block_size: int = 16
     max_model_len: int = 0  # after it was lowered to what the pool holds; 0 while no executor is known
+    full_model_len: int = 0  # before that
 
 
 AnyMessage = Generate | Accepted | Rejected | Cancel | Failed | Plan | StepDone | Tokens | Hello | Heartbeat

@@ -142,6 +142,12 @@ def test_capacity_in_words() -> None:
     assert Capacity(4096, 16, 8192).words() == "KV cache 65,536 tokens = 8 full-length requests of 8,192"
     assert Capacity(512, 16, 8192).words() == "KV cache 8,192 tokens = 1 full-length request of 8,192"
     assert "unknown" in Capacity(0, 0, 0).words()
+    assert "lowered" not in Capacity(512, 16, 8192, 8192).words()
+    assert (
+        Capacity(32, 16, 512, 8192)
+        .words()
+        .endswith("(the context is lowered from 8,192: the cache holds no more)")
+    )
 
 
 def test_the_curl_command_survives_a_shell() -> None:
@@ -279,3 +285,18 @@ def test_logs_are_json_lines_with_extras_and_traceback() -> None:
 def test_an_unknown_command_in_process(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["nothing"]) == 2
     assert "'nothing'" in capsys.readouterr().err
+
+
+async def test_an_answer_that_comes_in_two_parts_is_read_whole() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.write(b'{"num_blocks": 4, "block_size": 16, "max_model_len": 32, "full_model_len": 64}')
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        readiness = await ask("127.0.0.1", server.sockets[0].getsockname()[1])
+    assert readiness.capacity == Capacity(4, 16, 32, 64)

@@ -101,6 +101,7 @@ def test_max_tokens_is_clipped_to_the_context():
     rig.run()
     assert rig.results["a"][0] == expected_ids(list(range(100)), 28)
     assert rig.core.figures.max_model_len == 128
+    assert rig.core.figures.full_model_len > 128
 
 
 def test_the_settings_bound_the_context_too():

@@ -6,9 +6,11 @@ import re
 import threading
 from collections.abc import Iterator
 
+import nats
 import openai
 import pytest
 
+from pagebus.bus import subjects
 from pagebus.client import Client, GenerationError
 from tests.support.serve import Serve, serving
 
@@ -168,6 +170,26 @@ async def test_two_nats_readers_follow_one_stream(serve: Serve) -> None:
         ]
         assert len(own) > 10
         assert await asyncio.wait_for(following, 10) == own
+
+
+async def test_any_nats_client_can_ask_and_follow(serve: Serve) -> None:
+    connection = await nats.connect(serve.client_url(), inbox_prefix=b"_INBOX_client")
+    try:
+        follower = await connection.subscribe(subjects.stream("by-hand"))
+        body = {"id": "by-hand", "prompt": [300, 301, 302], "max_tokens": 5, "ignore_eos": True}
+        await connection.publish(subjects.api_generate("pagebus-mini"), json.dumps(body).encode())
+        events = []
+        while not events or events[-1]["type"] == "tokens":
+            events.append(json.loads((await follower.next_msg(timeout=20)).data))
+    finally:
+        await connection.close()
+    ids = [token for event in events[:-1] for token in event["token_ids"]]
+    assert len(ids) == 5
+    assert events[-1] == {
+        "type": "done",
+        "id": "by-hand",
+        "usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8},
+    }
 
 
 async def test_nats_and_http_agree(serve: Serve, sdk: openai.OpenAI) -> None:

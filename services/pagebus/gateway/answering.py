@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from pagebus.gateway.context import GatewayContext
 from pagebus.gateway.errors import ApiError, from_failure
@@ -32,7 +32,7 @@ ABORT = "pagebus.abort"
 class Shape(Protocol):
     """Makes the bodies of one kind of answer. `texts` and `reasons` are by choice."""
 
-    is_chat: bool
+    is_chat: ClassVar[bool]
 
     def chunks(self, has_usage: bool) -> ChunkTemplate:
         """The template of a stream's chunks."""

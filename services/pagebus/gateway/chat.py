@@ -18,36 +18,19 @@ from pagebus.gateway.openai_types import (
     UsageBody,
     refuse_unserved_chat,
 )
-from pagebus.gateway.request_ids import new_request_id
 from pagebus.gateway.requests import from_text_error, generation_request, read_request, traced
 from pagebus.gateway.responder import Endpoint
-from pagebus.gateway.sse import ChunkTemplate
+from pagebus.gateway.shapes import AnswerShape
 from pagebus.gateway.text_errors import TextError, TokenizerBusyError
 from pagebus.gateway.tracing import RequestTrace
 
 
-class ChatShape:
+class ChatShape(AnswerShape):
     """Bodies of one chat answer."""
 
     is_chat = True
-
-    def __init__(self, model: str, fingerprint: str) -> None:
-        self._id = "chatcmpl-" + new_request_id()
-        self._created = int(time.time())
-        self._model = model
-        self._fingerprint = fingerprint
-
-    def chunks(self, has_usage: bool) -> ChunkTemplate:
-        """The template of a stream's chunks."""
-        return ChunkTemplate(
-            answer_id=self._id,
-            kind="chat.completion.chunk",
-            created=self._created,
-            model=self._model,
-            fingerprint=self._fingerprint,
-            is_chat=True,
-            usage=has_usage,
-        )
+    id_prefix = "chatcmpl-"
+    chunk_kind = "chat.completion.chunk"
 
     def whole(self, texts: Sequence[str], reasons: Sequence[str], usage: UsageBody) -> bytes:
         """A `chat.completion`."""

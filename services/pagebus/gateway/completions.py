@@ -17,10 +17,9 @@ from pagebus.gateway.openai_types import (
     UsageBody,
     refuse_unserved_completion,
 )
-from pagebus.gateway.request_ids import new_request_id
 from pagebus.gateway.requests import from_text_error, generation_request, read_request, traced
 from pagebus.gateway.responder import Endpoint
-from pagebus.gateway.sse import ChunkTemplate
+from pagebus.gateway.shapes import AnswerShape
 from pagebus.gateway.text_errors import TextError, TokenizerBusyError
 from pagebus.gateway.tracing import RequestTrace
 
@@ -28,28 +27,12 @@ DEFAULT_MAX_TOKENS = 16
 """OpenAI's default for text completions."""
 
 
-class CompletionShape:
+class CompletionShape(AnswerShape):
     """Bodies of one text answer."""
 
     is_chat = False
-
-    def __init__(self, model: str, fingerprint: str) -> None:
-        self._id = "cmpl-" + new_request_id()
-        self._created = int(time.time())
-        self._model = model
-        self._fingerprint = fingerprint
-
-    def chunks(self, has_usage: bool) -> ChunkTemplate:
-        """The template of a stream's chunks."""
-        return ChunkTemplate(
-            answer_id=self._id,
-            kind="text_completion",
-            created=self._created,
-            model=self._model,
-            fingerprint=self._fingerprint,
-            is_chat=False,
-            usage=has_usage,
-        )
+    id_prefix = "cmpl-"
+    chunk_kind = "text_completion"
 
     def whole(self, texts: Sequence[str], reasons: Sequence[str], usage: UsageBody) -> bytes:
         """A `text_completion`."""

@@ -118,7 +118,7 @@ def test_bad_input_is_named_and_the_next_request_works(
     got, answer = serve.post(path, body)
     assert (got, answer["error"]["param"]) == (status, param), answer
     assert set(answer["error"]) == {"message", "type", "param", "code"}
-    assert chat(sdk, "What is 2 + 2?", max_tokens=20)
+    assert chat(sdk, "What is 7 * 8?").endswith("56")
 
 
 def test_a_client_that_goes_away_frees_its_blocks(serve: Serve, sdk: openai.OpenAI) -> None:

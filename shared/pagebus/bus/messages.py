@@ -173,8 +173,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Plan(Message, frozen=True, kw_only=True):
     """scheduler -> executor: the next steps, a lease. Replaces all steps that are not launched yet.
 
-    Applied in this order: a higher epoch or `snapshot` drops every row that `rows` does not name (rows
-    that it does name and that exist keep the executor's own position); `released` handles are dropped;
+    Applied in this order: a higher epoch drops every row; a snapshot drops those that `rows` does not name
+    (the others keep the executor's own position); `released` handles are dropped;
     new `rows` are added (a handle that exists is left as it is); `grants` are written into the tables;
     `steps` become the lease. In a step the executor skips: chunk positions below its own, rows that
     finished or are unknown, rows whose prefill is not complete (decode), rows whose table has no slot

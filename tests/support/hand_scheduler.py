@@ -1,5 +1,6 @@
 """A scheduler written by hand for tests of the executor: few rows, no policy, every rule of plans kept."""
 
+from array import array
 from dataclasses import dataclass, field
 
 from pagebus.bus.messages import (
@@ -11,6 +12,7 @@ from pagebus.bus.messages import (
     Sampling,
     Step,
     StepDone,
+    pack_grants,
     pack_handles,
     pack_ids,
     unpack_handles,
@@ -153,11 +155,11 @@ class HandScheduler:
             first = 0 if is_snapshot else row.num_granted
             for group, table in enumerate(row.tables):
                 if first < len(table):
-                    blocks = pack_ids(table[first:])
-                    grants.append(Grant(handle=handle, offset=first, blocks=blocks, group=group))
+                    grants.append(Grant(handle, group, first, array("i", table[first:])))
             row.num_granted = len(row.tables[0])
             row.is_announced = True
         released, self._released = self._released, []
+        packed, granted = pack_grants(grants)
         return Plan(
             executor=self.executor,
             epoch=self.epoch,
@@ -166,7 +168,8 @@ class HandScheduler:
             is_snapshot=is_snapshot,
             released=pack_handles(released),
             rows=tuple(starts),
-            grants=tuple(grants),
+            grants=packed,
+            granted=granted,
             steps=tuple(step for step in steps if step.chunks or step.decode),
         )
 

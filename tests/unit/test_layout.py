@@ -17,7 +17,9 @@ MOST_LINES = 400
 MOST_FUNCTION_LINES = 60
 
 # What is longer, and why.
-LONG_FILES: dict[str, str] = {}
+LONG_FILES: dict[str, str] = {
+    "shared/pagebus/bus/messages.py": "all messages stand in one place",
+}
 LONG_FUNCTIONS: dict[str, str] = {}
 
 

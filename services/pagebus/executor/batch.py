@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from pagebus.bus.messages import PoolGroup, Sampling
+from pagebus.bus.messages import Logprobs, PoolGroup, Sampling
 
 
 @dataclass(slots=True)
@@ -22,14 +22,31 @@ class RowInput:
     choice: int = 0
     index: int = 0  # index among the choice's generated ids of the id to be sampled
     is_sampled: bool = True
+    num_prompt: int = 0  # the row's first so many ids are the prompt's
+    history: Sequence[int] = ()  # all ids so far, prompt first; only where `sampling.needs_history`
+    banned_ids: Sequence[int] = ()  # ids that must not be made now: the stop ids below `min_tokens`
 
 
 @dataclass(slots=True)
 class RowOutput:
-    """What a row made: the sampled id, or None where none was asked for, or why this row alone failed."""
+    """What a row made: the sampled id, or None where none was asked for, or why this row alone failed.
+
+    With `sampling.num_prompt_logprobs`, a row that computes positions [start, end) also tells the
+    log-probabilities of history[start + 1 : min(end + 1, num_prompt)].
+    """
 
     id: int | None = None
     error: str | None = None
+    logprobs: Logprobs | None = None  # of `id`; where `sampling.num_logprobs` asks for them
+    prompt_logprobs: Logprobs | None = None  # of the prompt's ids that follow the row's positions
+
+
+class BlockCopy(NamedTuple):
+    """Copy the KV of block `source` of a KV group to block `target`."""
+
+    group: int
+    source: int
+    target: int
 
 
 class Runner(Protocol):
@@ -42,6 +59,9 @@ class Runner(Protocol):
     @property
     def max_model_len(self) -> int:
         """Longest sequence in tokens that the model itself allows."""
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy whole blocks, in order, before the next step."""
 
     def step(self, rows: Sequence[RowInput]) -> list[RowOutput]:
         """Write the rows' KV, attend, and sample: one output a row, in order."""

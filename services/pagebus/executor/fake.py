@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagebus.bus.messages import PoolGroup, Sampling
-from pagebus.executor.batch import RowInput, RowOutput
+from pagebus.executor.batch import BlockCopy, RowInput, RowOutput
 from pagebus.settings.structs import ExecutorSettings
 
 BLOCK_SIZE = 16
@@ -121,6 +121,11 @@ class FakeRunner:
     def max_model_len(self) -> int:
         """As configured."""
         return self._max_model_len
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy whole blocks, in order."""
+        for group, source, target in copies:
+            self.pages[group][target] = self.pages[group][source]
 
     def step(self, rows: Sequence[RowInput]) -> list[RowOutput]:
         """Write all rows' ids into the pages, then read every sampled row's sequence back and hash it."""

@@ -10,16 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pagebus.bus.messages import (
-    DecodeError,
-    Plan,
-    PoolGroup,
-    RowStart,
-    StepDone,
-    pack_handles,
-)
-from pagebus.executor.batch import RowInput, RowOutput
-from pagebus.executor.parsed import ParsedGrant, ParsedStep, parse
+from pagebus.bus.messages import DecodeError, Grant, Plan, PoolGroup, StepDone, pack_handles
+from pagebus.executor.batch import BlockCopy, RowInput, RowOutput
+from pagebus.executor.parsed import ParsedStart, ParsedStep, parse
 from pagebus.executor.reports import Report, RowFailure, RowResult, make_report
 from pagebus.executor.rows import Row, flaw_of
 
@@ -36,12 +29,16 @@ class Outcome(enum.Enum):
 
 @dataclass(slots=True)
 class LaunchedStep:
-    """A step being computed: `inputs[i]` belongs to `rows[i]`; `plan` was the last one at its launch."""
+    """A step being computed: `inputs[i]` belongs to `rows[i]`; `plan` was the last one at its launch.
+
+    `copies` of blocks come first.
+    """
 
     epoch: int
     plan: int
     rows: list[Row]
     inputs: list[RowInput]
+    copies: list[BlockCopy]
 
 
 class View(NamedTuple):
@@ -73,6 +70,7 @@ class PlanState:
         self._num_steps = 0
         self._rows: dict[int, Row] = {}
         self._lease: deque[ParsedStep] = deque()
+        self._copies: list[BlockCopy] = []  # before the next step
         self._in_flight: LaunchedStep | None = None
         self._failures: list[RowFailure] = []
         self._misses_plan = False  # until any plan is taken
@@ -144,10 +142,11 @@ class PlanState:
             self._rows = {handle: row for handle, row in self._rows.items() if handle in named}
         for handle in parsed.released:
             self._rows.pop(handle, None)
-        for start, stop_ids in parsed.starts:
-            self._add_row(start, stop_ids)
+        new = [row for start in parsed.starts if (row := self._add_row(start)) is not None]
         for grant in parsed.grants:
             self._apply_grant(grant)
+        for row, copies in new:
+            self._add_copies(row, copies)
         for step in parsed.steps:
             self._check_chunks(step)
         self._lease = deque(parsed.steps)
@@ -160,18 +159,32 @@ class PlanState:
         self._plan = 0
         self._num_steps = 0
         self._rows = {}
+        self._copies = []
         self._failures = []
 
-    def _add_row(self, start: RowStart, stop_ids: frozenset[int]) -> None:
-        if start.handle in self._rows:
-            return
-        row = Row(start, stop_ids, num_groups=len(self._pool), block_size=self._block_size)
-        self._rows[start.handle] = row
-        flaw = flaw_of(start, self._max_model_len)
+    def _add_row(self, parsed: ParsedStart) -> tuple[Row, tuple[BlockCopy, ...]] | None:
+        handle = parsed.start.handle
+        if handle in self._rows:
+            return None
+        row = Row(parsed, num_groups=len(self._pool), block_size=self._block_size)
+        self._rows[handle] = row
+        flaw = flaw_of(parsed, self._max_model_len)
         if flaw is not None:
             self._fail(row, f"the row cannot start: {flaw}")
+        return row, parsed.copies
 
-    def _apply_grant(self, grant: ParsedGrant) -> None:
+    def _add_copies(self, row: Row, copies: tuple[BlockCopy, ...]) -> None:
+        """Blocks are copied before the next step: whatever is written later comes after them."""
+        for copy in copies:
+            is_inside = 0 <= copy.group < len(self._pool)
+            if not is_inside or not 0 <= copy.source < self._pool[copy.group].num_blocks:
+                self._fail(row, f"block {copy.source} of group {copy.group} cannot be copied")
+            elif copy.target < 0 or copy.target not in row.tables[copy.group]:
+                self._fail(row, f"a copy goes to block {copy.target}, which is not the row's")
+        if not row.is_over:
+            self._copies.extend(copies)
+
+    def _apply_grant(self, grant: Grant) -> None:
         row = self._rows.get(grant.handle)
         if row is None or row.is_over:
             return
@@ -208,9 +221,10 @@ class PlanState:
             raise RuntimeError("a step is in flight already")
         while self._lease:
             step = self._lease.popleft()
-            launched = LaunchedStep(self._epoch, self._plan, [], [])
+            launched = LaunchedStep(self._epoch, self._plan, [], [], [])
             self._fill(launched, step)
             if launched.rows:
+                launched.copies, self._copies = self._copies, []
                 self._in_flight = launched
                 return launched
         return None
@@ -265,7 +279,15 @@ class PlanState:
                 failures.append(RowFailure(row, error, "row_failed", is_retryable=False))
                 continue
             row.advance(len(row_input.ids), made)
-            results.append(RowResult(row, made))
+            prompt = output.prompt_logprobs
+            results.append(
+                RowResult(
+                    row,
+                    made,
+                    output.logprobs,
+                    None if prompt is None else (row_input.start + 1, prompt),
+                )
+            )
         return self._report(step.plan, results, failures, duration_s)
 
     def fail_step(self, step: LaunchedStep, message: str, duration_s: float) -> Report | None:

@@ -3,7 +3,16 @@
 from array import array
 from typing import NamedTuple
 
-from pagebus.bus.messages import DecodeError, Plan, RowStart, unpack_handles, unpack_ids
+from pagebus.bus.messages import (
+    DecodeError,
+    Grant,
+    Plan,
+    RowStart,
+    unpack_grants,
+    unpack_handles,
+    unpack_ids,
+)
+from pagebus.executor.batch import BlockCopy
 
 
 class ParsedChunk(NamedTuple):
@@ -22,21 +31,21 @@ class ParsedStep(NamedTuple):
     decode: "array[int]"
 
 
-class ParsedGrant(NamedTuple):
-    """A `Grant`."""
+class ParsedStart(NamedTuple):
+    """A `RowStart`."""
 
-    handle: int
-    group: int
-    offset: int
-    blocks: "array[int]"
+    start: RowStart
+    stop_ids: frozenset[int]
+    all_ids: "array[int]"
+    copies: tuple[BlockCopy, ...]
 
 
 class ParsedPlan(NamedTuple):
     """All packed parts of a plan."""
 
     released: "array[int]"
-    starts: tuple[tuple[RowStart, frozenset[int]], ...]  # with its stop ids
-    grants: tuple[ParsedGrant, ...]
+    starts: tuple[ParsedStart, ...]
+    grants: list[Grant]
     steps: tuple[ParsedStep, ...]
 
 
@@ -47,8 +56,8 @@ def parse(plan: Plan) -> ParsedPlan:
             raise DecodeError(f"handle {start.handle}")
     return ParsedPlan(
         released=unpack_handles(plan.released),
-        starts=tuple((start, frozenset(unpack_ids(start.stop_token_ids))) for start in plan.rows),
-        grants=tuple(ParsedGrant(g.handle, g.group, g.offset, unpack_ids(g.blocks)) for g in plan.grants),
+        starts=tuple(map(_parse_start, plan.rows)),
+        grants=unpack_grants(plan),
         steps=tuple(
             ParsedStep(
                 chunks=tuple(ParsedChunk(c.handle, c.start, c.end, unpack_ids(c.ids)) for c in step.chunks),
@@ -56,4 +65,16 @@ def parse(plan: Plan) -> ParsedPlan:
             )
             for step in plan.steps
         ),
+    )
+
+
+def _parse_start(start: RowStart) -> ParsedStart:
+    numbers = unpack_ids(start.copies)
+    if len(numbers) % 3:
+        raise DecodeError(f"{len(numbers)} numbers are no copies of blocks")
+    return ParsedStart(
+        start,
+        frozenset(unpack_ids(start.stop_token_ids)),
+        unpack_ids(start.all_ids),
+        tuple(BlockCopy(*numbers[at : at + 3]) for at in range(0, len(numbers), 3)),
     )

@@ -8,7 +8,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pagebus.bus.messages import Failed, FinishReason, StepDone, TokenRow, Tokens, pack_handles, pack_ids
+from pagebus.bus.messages import (
+    Failed,
+    FinishReason,
+    Logprobs,
+    PromptRow,
+    StepDone,
+    TokenRow,
+    Tokens,
+    pack_handles,
+    pack_ids,
+)
 from pagebus.executor.rows import Row
 
 REPEAT_INTERVAL_S = 0.2
@@ -19,6 +29,8 @@ class RowResult(NamedTuple):
 
     row: Row
     made: int | None
+    logprobs: Logprobs | None = None  # of `made`
+    prompt: tuple[int, Logprobs] | None = None  # log-probabilities of the prompt's ids from a position on
 
 
 class RowFailure(NamedTuple):
@@ -56,16 +68,19 @@ def make_report(
     ids: list[int] = []
     finished: dict[int, FinishReason] = {}
     rows_by_reply: dict[str, list[TokenRow]] = {}
-    for row, made in results:
+    prompts_by_reply: dict[str, list[PromptRow]] = {}
+    for row, made, logprobs, prompt in results:
         handles.append(row.start.handle)
         positions.append(row.position)
         counts.append(made is not None)
+        if prompt is not None:
+            prompts_by_reply.setdefault(row.start.reply, []).append(_prompt_row(row, *prompt))
         if made is None:
             continue
         ids.append(made)
         if row.finish_reason is not None:
             finished[row.start.handle] = row.finish_reason
-        rows_by_reply.setdefault(row.start.reply, []).append(row.token_row(pack_ids((made,))))
+        rows_by_reply.setdefault(row.start.reply, []).append(row.token_row(pack_ids((made,)), logprobs))
     failed: dict[int, str] = {}
     told: dict[tuple[str, str, int], Failed] = {}
     for failure in failures:
@@ -90,8 +105,21 @@ def make_report(
     )
     return Report(
         done=done,
-        tokens={reply: Tokens(epoch=epoch, rows=tuple(rows)) for reply, rows in rows_by_reply.items()},
+        tokens={
+            reply: Tokens(
+                epoch=epoch,
+                rows=tuple(rows_by_reply.get(reply, ())),
+                prompts=tuple(prompts_by_reply.get(reply, ())),
+            )
+            for reply in rows_by_reply | prompts_by_reply
+        },
         failures=[(reply, message) for (reply, _, _), message in told.items()],
+    )
+
+
+def _prompt_row(row: Row, start: int, logprobs: Logprobs) -> PromptRow:
+    return PromptRow(
+        request_id=row.start.request_id, attempt=row.start.attempt, start=start, logprobs=logprobs
     )
 
 

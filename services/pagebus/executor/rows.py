@@ -3,19 +3,26 @@
 from array import array
 from collections.abc import Sequence
 
-from pagebus.bus.messages import FinishReason, RowStart, TokenRow
+from pagebus.bus.messages import FinishReason, Logprobs, RowStart, TokenRow
 from pagebus.executor.batch import RowInput
-from pagebus.executor.parsed import ParsedChunk
+from pagebus.executor.parsed import ParsedChunk, ParsedStart
 
 
-def flaw_of(start: RowStart, max_model_len: int) -> str | None:
-    """Why no row can be made from `start`, or None."""
+def flaw_of(parsed: ParsedStart, max_model_len: int) -> str | None:
+    """Why no row can be made from `parsed`, or None."""
+    start = parsed.start
     if start.num_ids > max_model_len:
         return f"{start.num_ids} ids are more than the model's {max_model_len} positions"
     if start.num_ids < 1:
         return f"a row of {start.num_ids} ids"
     if not 0 <= start.num_generated < start.max_tokens:
         return f"{start.num_generated} ids made of at most {start.max_tokens}"
+    if start.num_generated >= start.num_ids:
+        return f"{start.num_generated} of {start.num_ids} ids are generated ones"
+    if not 0 <= start.num_cached < start.num_ids:
+        return f"{start.num_cached} of {start.num_ids} positions are cached"
+    if start.sampling.needs_history and len(parsed.all_ids) != start.num_ids:
+        return f"{len(parsed.all_ids)} of {start.num_ids} ids came where all are needed"
     if not 0 <= start.choice < 1 << 31:
         return f"choice {start.choice}"
     return None
@@ -31,26 +38,31 @@ class Row:
     """
 
     __slots__ = (
+        "banned_ids",
         "block_size",
         "error",
         "finish_reason",
+        "history",
         "last_id",
         "num_generated",
+        "num_prompt",
         "position",
         "start",
         "stop_ids",
         "tables",
     )
 
-    def __init__(
-        self, start: RowStart, stop_ids: frozenset[int], *, num_groups: int, block_size: int
-    ) -> None:
+    def __init__(self, parsed: ParsedStart, *, num_groups: int, block_size: int) -> None:
+        start = parsed.start
         self.start = start
         self.block_size = block_size
-        self.position = 0
+        self.position = start.num_cached
         self.num_generated = start.num_generated
+        self.num_prompt = start.num_ids - start.num_generated
         self.last_id: int | None = None
-        self.stop_ids = stop_ids
+        self.stop_ids = parsed.stop_ids
+        self.banned_ids = tuple(sorted(parsed.stop_ids)) if start.min_tokens > 0 else ()
+        self.history: array[int] | None = parsed.all_ids if start.sampling.needs_history else None
         self.tables: list[array[int]] = [array("i") for _ in range(num_groups)]
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
@@ -67,7 +79,7 @@ class Row:
         The table is a new array each time: a runner may still look at the old one.
         """
         table = self.tables[group]
-        num_written = -(-self.position // self.block_size)
+        num_written = min(-(-self.position // self.block_size), len(table))
         for entry in range(offset, min(offset + len(blocks), num_written)):
             if blocks[entry - offset] not in (table[entry], -1):
                 return f"block {table[entry]} of group {group} was replaced under computed positions"
@@ -108,6 +120,9 @@ class Row:
             choice=self.start.choice,
             index=self.num_generated,
             is_sampled=is_sampled,
+            num_prompt=self.num_prompt,
+            history=() if self.history is None else self.history,
+            banned_ids=self.banned_ids if self.num_generated < self.start.min_tokens else (),
         )
 
     def advance(self, num_computed: int, made: int | None) -> None:
@@ -117,13 +132,16 @@ class Row:
             return
         self.last_id = made
         self.num_generated += 1
+        if self.history is not None:
+            self.history.append(made)
         if made in self.stop_ids and self.num_generated >= self.start.min_tokens:
             self.finish_reason = "stop"
         elif self.num_generated >= self.start.max_tokens:
             self.finish_reason = "length"
 
-    def token_row(self, packed_id: bytes) -> TokenRow:
+    def token_row(self, packed_id: bytes, logprobs: Logprobs | None) -> TokenRow:
         """What the requester is told of the one id (int32) just made."""
+        is_first = self.num_generated == self.start.num_generated + 1
         return TokenRow(
             request_id=self.start.request_id,
             attempt=self.start.attempt,
@@ -131,4 +149,6 @@ class Row:
             index=self.num_generated - 1,
             ids=packed_id,
             finish_reason=self.finish_reason,
+            logprobs=logprobs,
+            num_cached=self.start.num_cached if is_first else None,
         )

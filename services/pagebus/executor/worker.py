@@ -189,6 +189,8 @@ class Worker:
     def _run(self, runner: Runner, state: PlanState, step: LaunchedStep) -> None:
         began_s = self._clock()
         try:
+            if step.copies:
+                runner.copy_blocks(step.copies)
             outputs = runner.step(step.inputs)
             report = state.complete(step, outputs, self._clock() - began_s)
         except Exception as error:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pagebus.bus.messages import Grant, Hello, Plan, Step, pack_handles, pack_ids
+from pagebus.bus.messages import Grant, Hello, Plan, Step, pack_grants, pack_handles
 from pagebus.scheduler.blocks import KvPool
 from pagebus.scheduler.requests import Row, RowState
 
@@ -154,6 +154,7 @@ class ExecutorState:
         if not has_news and self.num_steps_told == self.num_steps:
             return None
         self.sequence += 1
+        grants, granted = pack_grants(self._grants())
         plan = Plan(
             executor=self.name,
             epoch=epoch,
@@ -162,7 +163,8 @@ class ExecutorState:
             is_snapshot=self.needs_snapshot,
             released=pack_handles(self.released),
             rows=tuple(row.start_message() for row in self.new_rows.values()),
-            grants=tuple(self._grants()),
+            grants=grants,
+            granted=granted,
             steps=steps,
         )
         if self.needs_snapshot:
@@ -190,7 +192,7 @@ class ExecutorState:
                 told = max(tables.num_told[g], tables.num_dropped[g])
                 if told < len(blocks):
                     tables.num_told[g] = len(blocks)
-                    grants.append(Grant(handle=handle, offset=told, blocks=pack_ids(blocks[told:]), group=g))
+                    grants.append(Grant(handle, g, told, blocks[told:]))
         self.grown.clear()
         return grants
 

@@ -11,7 +11,7 @@ A row's *ids* are the prompt's and then the generated ones; position p of a row 
 import sys
 from array import array
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -34,7 +34,8 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How a row's next id is chosen. `seed` is always fixed by the requester.
 
-    Noise is a function of (seed, choice, index of the generated id) alone.
+    Noise is a function of (seed, choice, index of the generated id) alone. Log-probabilities are those of the
+    model's own distribution, before anything here changes it.
     """
 
     temperature: float = 1.0  # 0: greedy
@@ -42,6 +43,40 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     top_k: int = 0  # 0: off
     min_p: float = 0.0
     seed: int = 0
+    presence_penalty: float = 0.0  # of ids generated so far, as is the frequency penalty
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0  # of ids of the prompt and generated ones
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: bytes = b""  # int32; empty: all
+    bad_words: tuple[bytes, ...] = ()  # each int32: the last id is never made right after the others
+    num_logprobs: int | None = None  # best ids told beside each one made; None: no log-probabilities
+    num_prompt_logprobs: int | None = None  # the same for the prompt's ids
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether a row's ids so far, prompt included, matter beyond what attention sees."""
+        return bool(
+            self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+            or self.bad_words
+            or self.num_prompt_logprobs is not None
+        )
+
+
+class Logprobs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Log-probabilities (natural) of n consecutive ids, each with `num_top` best ones.
+
+    ```
+    ids, values   row i: the id itself | the best | the second best | ...     width 1 + num_top
+    ranks         i: how many ids of the vocabulary are at least as probable as the id itself; 1: the best
+    ```
+    """
+
+    num_top: int = 0
+    ids: bytes  # int32 [n, 1 + num_top]
+    values: bytes  # float32 [n, 1 + num_top]
+    ranks: bytes  # int32 [n]
 
 
 class ChoiceState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -124,7 +159,8 @@ class RowStart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `num_ids` ids (prompt and received ones) are prefilled in chunks; the first id that the row makes has
     index `num_generated` among the choice's generated ids. The row ends with "length" when that count
-    reaches `max_tokens`.
+    reaches `max_tokens`. Positions below `num_cached` have their KV in the granted blocks already, once
+    `copies` (int32 triples: KV group, source block, the row's own block) are done; prefill starts there.
     """
 
     handle: int
@@ -137,9 +173,11 @@ class RowStart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     stop_token_ids: bytes = b""  # int32
     num_ids: int
     num_generated: int = 0
+    num_cached: int = 0
+    copies: bytes = b""
     max_tokens: int
     min_tokens: int = 0
-    all_ids: bytes = b""  # int32; only where penalties, bad words or a grammar need them
+    all_ids: bytes = b""  # int32, `num_ids` of them; only where `sampling.needs_history`
 
 
 class Chunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -154,13 +192,13 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ids: bytes
 
 
-class Grant(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Grant(NamedTuple):
     """Blocks of one KV group put into a row's table from entry `offset` on (absolute, idempotent)."""
 
     handle: int
+    group: int
     offset: int
-    blocks: bytes  # int32
-    group: int = 0
+    blocks: "array[int]"
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -176,6 +214,7 @@ class Plan(Message, frozen=True, kw_only=True):
     Applied in this order: a higher epoch drops every row; a snapshot drops those that `rows` does not name
     (the others keep the executor's own position); `released` handles are dropped;
     new `rows` are added (a handle that exists is left as it is); `grants` are written into the tables;
+    blocks are copied for new rows;
     `steps` become the lease. In a step the executor skips: chunk positions below its own, rows that
     finished or are unknown, rows whose prefill is not complete (decode), rows whose table has no slot
     for the next position.
@@ -193,7 +232,8 @@ class Plan(Message, frozen=True, kw_only=True):
     is_snapshot: bool = False
     released: bytes = b""  # uint32 handles
     rows: tuple[RowStart, ...] = ()
-    grants: tuple[Grant, ...] = ()
+    grants: bytes = b""  # uint32 quadruples: handle, KV group, offset, number of blocks (`pack_grants`)
+    granted: bytes = b""  # int32: the blocks of all grants, one after the other
     steps: tuple[Step, ...] = ()
 
 
@@ -229,6 +269,17 @@ class TokenRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     index: int
     ids: bytes = b""  # int32
     finish_reason: FinishReason | None = None
+    logprobs: Logprobs | None = None  # of `ids`
+    num_cached: int | None = None  # with a row's first id: positions that the prefix cache gave it
+
+
+class PromptRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Log-probabilities of the prompt's ids at positions `start`, `start` + 1, ... (position 0 has none)."""
+
+    request_id: str
+    attempt: int = 1
+    start: int
+    logprobs: Logprobs
 
 
 class Tokens(Message, frozen=True, kw_only=True):
@@ -236,6 +287,7 @@ class Tokens(Message, frozen=True, kw_only=True):
 
     epoch: int
     rows: tuple[TokenRow, ...]
+    prompts: tuple[PromptRow, ...] = ()
 
 
 class PoolGroup(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -338,6 +390,28 @@ def pack_handles(handles: Iterable[int]) -> bytes:
 def unpack_handles(data: bytes) -> "array[int]":
     """The inverse of `pack_handles`; raises `DecodeError` for a broken length."""
     return _unpack("I", data)
+
+
+def pack_grants(grants: Iterable[Grant]) -> tuple[bytes, bytes]:
+    """`Plan.grants` and `Plan.granted`."""
+    heads, blocks = array("I"), array("i")
+    for grant in grants:
+        heads.extend((grant.handle, grant.group, grant.offset, len(grant.blocks)))
+        blocks.extend(grant.blocks)
+    return _pack("I", heads), _pack("i", blocks)
+
+
+def unpack_grants(plan: Plan) -> list[Grant]:
+    """The inverse of `pack_grants`; raises `DecodeError` where lengths do not fit."""
+    heads, blocks = unpack_handles(plan.grants), unpack_ids(plan.granted)
+    if len(heads) % 4 or sum(heads[3::4]) != len(blocks):
+        raise DecodeError(f"{len(heads)} numbers and {len(blocks)} blocks are no grants")
+    grants, at = [], 0
+    for first in range(0, len(heads), 4):
+        handle, group, offset, num_blocks = heads[first : first + 4]
+        grants.append(Grant(handle, group, offset, blocks[at : at + num_blocks]))
+        at += num_blocks
+    return grants
 
 
 class ApiEvent(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):

@@ -1,10 +1,11 @@
-"""What goes into a requester (`RequestSpec`) and what comes out (`NewTokens`, `RequestFailed`)."""
+"""What goes into a requester (`RequestSpec`) and what comes out (`NewTokens`, `PromptLogprobs`,
+`RequestFailed`)."""
 
 from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from pagebus.bus.messages import FinishReason, Sampling
+from pagebus.bus.messages import FinishReason, Logprobs, Sampling
 
 
 class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +34,16 @@ class NewTokens(msgspec.Struct, frozen=True):
     index: int
     ids: Sequence[int]
     finish_reason: FinishReason | None = None
+    logprobs: Logprobs | None = None  # of `ids`, where `sampling.num_logprobs` asks for them
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True):
+    """Log-probabilities of the prompt's ids from position `start` (1 at first) on, each once and in order.
+
+    All of them come before the first choice's first id."""
+
+    start: int
+    logprobs: Logprobs
 
 
 class RequestFailed(msgspec.Struct, frozen=True):
@@ -44,4 +55,4 @@ class RequestFailed(msgspec.Struct, frozen=True):
     retry_after_s: float | None = None
 
 
-Event = NewTokens | RequestFailed
+Event = NewTokens | PromptLogprobs | RequestFailed

@@ -1,5 +1,6 @@
 """The executor's plan rules, one by one: this state and this plan, that outcome."""
 
+from array import array
 from dataclasses import replace as copy_with
 from typing import Any
 
@@ -9,16 +10,19 @@ import pytest
 from pagebus.bus.messages import (
     Chunk,
     Grant,
+    Logprobs,
     Plan,
     PoolGroup,
     RowStart,
+    Sampling,
     Step,
+    pack_grants,
     pack_handles,
     pack_ids,
     unpack_handles,
     unpack_ids,
 )
-from pagebus.executor.batch import RowOutput
+from pagebus.executor.batch import BlockCopy, RowOutput
 from pagebus.executor.fake import GREEDY, FakeRunner, fake_sequence
 from pagebus.executor.lease import Outcome, PlanState
 from pagebus.executor.reports import Report
@@ -42,11 +46,12 @@ def chunk(start: int, end: int, handle: int = 1) -> Chunk:
 
 
 def grant(blocks: list[int], handle: int = 1, offset: int = 0, group: int = 0) -> Grant:
-    return Grant(handle=handle, offset=offset, blocks=pack_ids(blocks), group=group)
+    return Grant(handle, group, offset, array("i", blocks))
 
 
 def plan(sequence: int, *steps: Step, epoch: int = 1, **fields: Any) -> Plan:
     fields.setdefault("is_snapshot", sequence == 1)
+    fields["grants"], fields["granted"] = pack_grants(fields.pop("grants", ()))
     return Plan(executor="ex", epoch=epoch, sequence=sequence, steps=steps, **fields)
 
 
@@ -282,7 +287,7 @@ def test_a_row_error_fails_the_row_alone(output: RowOutput) -> None:
         {"rows": (row(num_generated=8),)},
         {"rows": (row(),), "grants": (grant([64]),)},
         {"rows": (row(),), "grants": (grant([-2]),)},
-        {"rows": (row(),), "grants": (grant([1], offset=-1),)},
+        {"rows": (row(),), "grants": (grant([1], offset=1 << 31),)},
         {"rows": (row(),), "grants": (grant([1], offset=8),)},
         {"rows": (row(),), "grants": (grant([1], group=1),)},
     ],
@@ -321,7 +326,10 @@ def test_a_bad_chunk_fails_its_row(start: int, end: int, num_ids: int) -> None:
         {"released": b"123"},
         {"rows": (row(stop_token_ids=b"1"),)},
         {"rows": (row(handle=1 << 32),)},
-        {"grants": (Grant(handle=1, offset=0, blocks=b"12345"),)},
+        {"grants": b"12345"},
+        {"grants": pack_handles([1, 0, 0, 2]), "granted": pack_ids([1])},
+        {"granted": pack_ids([1])},
+        {"rows": (row(2, copies=pack_ids([0, 1])),)},
         {"steps": (Step(decode=b"1"),)},
     ],
 )
@@ -393,3 +401,86 @@ def test_results_are_the_same_for_every_horizon(horizon: int) -> None:
     expected = {f"r{n}": fake_sequence(prompt, 30 + n) for n, prompt in enumerate(prompts)}
     assert received == expected
     assert scheduler.num_free == 64
+
+
+def test_a_row_starts_after_its_cached_positions(runner: FakeRunner) -> None:
+    """Its first blocks are another row's, the last of them a copy."""
+    state = new_state()
+    state.take_plan(plan(1, Step(chunks=(chunk(0, 40),)), rows=(row(),), grants=(grant([5, 6, 7]),)))
+    first = made(run(state, runner))
+    start = row(2, num_cached=39, copies=pack_ids([0, 7, 9]))
+    steps = (Step(chunks=(chunk(39, 40, 2),)), decode(2))
+    state.take_plan(plan(2, *steps, rows=(start,), grants=(grant([5, 6, 9], handle=2),)))
+    launched = state.next_step()
+    assert launched is not None
+    assert launched.copies == [BlockCopy(0, 7, 9)]
+    runner.copy_blocks(launched.copies)
+    report = state.complete(launched, runner.step(launched.inputs), 0.001)
+    assert report is not None
+    assert list(unpack_ids(report.done.ids)) == first
+    (told,) = report.tokens["pagebus.out.g"].rows
+    assert told.num_cached == 39
+    (second,) = run(state, runner)
+    assert made([report, second]) == fake_sequence(PROMPT, 2)
+    assert second.tokens["pagebus.out.g"].rows[0].num_cached is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_cached": 40},
+        {"num_cached": 8, "copies": pack_ids([1, 5, 8])},  # no such group
+        {"num_cached": 8, "copies": pack_ids([0, 64, 8])},  # a source outside the pool
+        {"num_cached": 8, "copies": pack_ids([0, 5, 5])},  # a target that is not the row's
+        {"num_generated": 40, "max_tokens": 50},  # without a prompt
+        {"sampling": Sampling(presence_penalty=1.0)},  # without its ids
+        {"sampling": Sampling(presence_penalty=1.0), "all_ids": pack_ids(range(39))},
+    ],
+)
+def test_a_cached_start_that_cannot_be_right_fails_alone(
+    changes: dict[str, Any], runner: FakeRunner
+) -> None:
+    state = new_state()
+    rows = (row(1, **changes), row(2))
+    grants = (grant([8, 9, 10]), grant([11, 12, 13], handle=2))
+    steps = (Step(chunks=(chunk(0, 40, 2),)),)
+    assert state.take_plan(plan(1, *steps, rows=rows, grants=grants)) is Outcome.TAKEN
+    failed, done = state.report_failures(), run(state, runner)
+    assert failed is not None
+    assert list(failed.done.failed) == [1]
+    assert made(done) == fake_sequence(PROMPT, 1)
+
+
+def test_a_row_knows_its_history_where_it_matters_and_what_is_banned(runner: FakeRunner) -> None:
+    state = new_state()
+    start = row(
+        sampling=Sampling(presence_penalty=1.0),
+        all_ids=pack_ids(PROMPT),
+        num_generated=2,
+        min_tokens=4,
+        stop_token_ids=pack_ids([7, 3]),
+    )
+    steps = (Step(chunks=(chunk(0, 40),)), *[decode(1)] * 3)
+    state.take_plan(plan(1, *steps, rows=(start, row(2)), grants=(grant([5, 6, 7]),)))
+    seen = []
+    while (step := state.next_step()) is not None:
+        (given,) = step.inputs
+        seen.append((list(given.history), given.num_prompt, list(given.banned_ids)))
+        state.complete(step, runner.step(step.inputs), 0.001)
+    sequence = PROMPT + fake_sequence(PROMPT[:38], 4, sampling=start.sampling, received=PROMPT[38:])
+    assert seen == [(sequence[: 40 + i], 38, [3, 7] if i < 2 else []) for i in range(4)]
+
+
+def test_log_probabilities_reach_the_requester(runner: FakeRunner) -> None:
+    state = new_state()
+    sampling = Sampling(temperature=0.0, num_logprobs=0, num_prompt_logprobs=0)
+    rows = (row(sampling=sampling, all_ids=pack_ids(PROMPT)),)
+    state.take_plan(plan(1, Step(chunks=(chunk(0, 40),)), rows=rows, grants=(grant([5, 6, 7]),)))
+    step = state.next_step()
+    assert step is not None
+    of_id, of_prompt = (Logprobs(ids=b"i", values=b"v", ranks=b"r"), Logprobs(ids=b"", values=b"", ranks=b""))
+    report = state.complete(step, [RowOutput(5, logprobs=of_id, prompt_logprobs=of_prompt)], 0.001)
+    assert report is not None
+    tokens = report.tokens["pagebus.out.g"]
+    assert tokens.rows[0].logprobs == of_id
+    assert [(told.start, told.logprobs) for told in tokens.prompts] == [(1, of_prompt)]

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pagebus.bus.messages import Hello, Plan, Sampling, StepDone, unpack_handles, unpack_ids
+from pagebus.bus.messages import Hello, Plan, Sampling, StepDone, unpack_grants, unpack_handles, unpack_ids
 from pagebus.executor.fake import FakeModel, FakeRunner, fake_sequence
 from pagebus.executor.lease import LaunchedStep, Outcome, PlanState
 from pagebus.executor.reports import Outbox, Report
@@ -123,9 +123,9 @@ class PlanMachine(RuleBasedStateMachine):
     def write_plan(self, is_snapshot: bool, horizon: int) -> None:
         self.scheduler.horizon = horizon
         plan = self.scheduler.plan(is_snapshot=is_snapshot)
-        for grant in plan.grants:
+        for grant in unpack_grants(plan):
             tables = self.granted.setdefault((plan.epoch, grant.handle), [{}, {}])
-            for entry, block in enumerate(unpack_ids(grant.blocks), start=grant.offset):
+            for entry, block in enumerate(grant.blocks, start=grant.offset):
                 assert tables[grant.group].setdefault(entry, block) == block
         self.plans.append(plan)
 

@@ -15,6 +15,7 @@ from pagebus.bus.messages import (
     StepDone,
     pack_handles,
     pack_ids,
+    unpack_grants,
     unpack_handles,
     unpack_ids,
 )
@@ -117,8 +118,8 @@ class ModelExecutor:
             assert start.handle not in self.rows
             tables = [[] for _ in self.pool]
             self.rows[start.handle] = ModelRow(start, tables, num_generated=start.num_generated)
-        for grant in plan.grants:
-            row, blocks = self.rows[grant.handle], list(unpack_ids(grant.blocks))
+        for grant in unpack_grants(plan):
+            row, blocks = self.rows[grant.handle], list(grant.blocks)
             table = row.tables[grant.group]
             assert blocks
             assert all(0 <= block < self.pool[grant.group].num_blocks for block in blocks)

@@ -4,7 +4,7 @@ from array import array
 
 import pytest
 
-from pagebus.bus.messages import PoolGroup, unpack_handles, unpack_ids
+from pagebus.bus.messages import PoolGroup, unpack_grants, unpack_handles, unpack_ids
 from pagebus.scheduler.planner import Budget, lay_out
 from pagebus.scheduler.requests import Row
 from tests.unit.scheduler.rig import Rig, executor
@@ -128,7 +128,7 @@ def test_blocks_of_a_new_row(horizon, length, max_tokens, num_blocks):
     plan = plan_of(rig)
     (start,) = plan.rows
     assert (start.num_ids, start.num_generated, start.max_tokens) == (length, 0, max_tokens)
-    assert [len(unpack_ids(grant.blocks)) for grant in plan.grants] == [num_blocks]
+    assert [len(grant.blocks) for grant in unpack_grants(plan)] == [num_blocks]
     assert not plan.is_snapshot
 
 
@@ -152,7 +152,7 @@ def test_an_admission_makes_a_plan_at_once_and_repeats_what_is_not_confirmed():
     assert second.sequence == first.sequence + 1
     assert [(chunk.start, chunk.end) for chunk in second.steps[0].chunks] == [(0, 10), (0, 5)]
     assert [start.request_id for start in second.rows] == ["b"]
-    assert len(second.grants) == 1
+    assert len(unpack_grants(second)) == 1
 
 
 def test_a_plan_that_is_not_acknowledged_is_sent_again_unchanged():

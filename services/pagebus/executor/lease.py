@@ -145,8 +145,8 @@ class PlanState:
         new = [row for start in parsed.starts if (row := self._add_row(start)) is not None]
         for grant in parsed.grants:
             self._apply_grant(grant)
-        for row, copies in new:
-            self._add_copies(row, copies)
+        for added, copies in new:
+            self._add_copies(added, copies)
         for step in parsed.steps:
             self._check_chunks(step)
         self._lease = deque(parsed.steps)

@@ -14,6 +14,8 @@ from pagebus.bus.messages import (
 )
 from pagebus.executor.batch import BlockCopy
 
+_MAX_STEPS = 1024
+
 
 class ParsedChunk(NamedTuple):
     """A `Chunk`: prefill positions [start, end) of a row."""
@@ -58,14 +60,21 @@ def parse(plan: Plan) -> ParsedPlan:
         released=unpack_handles(plan.released),
         starts=tuple(map(_parse_start, plan.rows)),
         grants=unpack_grants(plan),
-        steps=tuple(
-            ParsedStep(
-                chunks=tuple(ParsedChunk(c.handle, c.start, c.end, unpack_ids(c.ids)) for c in step.chunks),
-                decode=unpack_handles(step.decode),
-            )
-            for step in plan.steps
-        ),
+        steps=_parse_steps(plan),
     )
+
+
+def _parse_steps(plan: Plan) -> tuple[ParsedStep, ...]:
+    steps: list[ParsedStep] = []
+    for step in plan.steps:
+        if not 1 <= step.num_times <= _MAX_STEPS - len(steps):
+            raise DecodeError(f"a step {step.num_times} times; a plan has at most {_MAX_STEPS}")
+        parsed = ParsedStep(
+            chunks=tuple(ParsedChunk(c.handle, c.start, c.end, unpack_ids(c.ids)) for c in step.chunks),
+            decode=unpack_handles(step.decode),
+        )
+        steps += [parsed] * step.num_times
+    return tuple(steps)
 
 
 def _parse_start(start: RowStart) -> ParsedStart:

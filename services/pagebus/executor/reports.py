@@ -3,8 +3,8 @@
 Pure: knows messages and times given to it, neither the bus nor a clock.
 """
 
-from collections import deque
-from collections.abc import Iterable
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -57,7 +57,7 @@ def make_report(
     epoch: int,
     plan: int,
     num_steps: int,
-    results: Iterable[RowResult] = (),
+    results: Sequence[RowResult] = (),
     failures: Iterable[RowFailure] = (),
     duration_s: float = 0.0,
 ) -> Report:
@@ -67,20 +67,15 @@ def make_report(
     counts = bytearray()
     ids: list[int] = []
     finished: dict[int, FinishReason] = {}
-    rows_by_reply: dict[str, list[TokenRow]] = {}
-    prompts_by_reply: dict[str, list[PromptRow]] = {}
-    for row, made, logprobs, prompt in results:
+    for result in results:
+        row = result.row
         handles.append(row.start.handle)
         positions.append(row.position)
-        counts.append(made is not None)
-        if prompt is not None:
-            prompts_by_reply.setdefault(row.start.reply, []).append(_prompt_row(row, *prompt))
-        if made is None:
-            continue
-        ids.append(made)
-        if row.finish_reason is not None:
-            finished[row.start.handle] = row.finish_reason
-        rows_by_reply.setdefault(row.start.reply, []).append(row.token_row(pack_ids((made,)), logprobs))
+        counts.append(result.made is not None)
+        if result.made is not None:
+            ids.append(result.made)
+            if row.finish_reason is not None:
+                finished[row.start.handle] = row.finish_reason
     failed: dict[int, str] = {}
     told: dict[tuple[str, str, int], Failed] = {}
     for failure in failures:
@@ -105,16 +100,24 @@ def make_report(
     )
     return Report(
         done=done,
-        tokens={
-            reply: Tokens(
-                epoch=epoch,
-                rows=tuple(rows_by_reply.get(reply, ())),
-                prompts=tuple(prompts_by_reply.get(reply, ())),
-            )
-            for reply in rows_by_reply | prompts_by_reply
-        },
+        tokens=_tokens(epoch, results),
         failures=[(reply, message) for (reply, _, _), message in told.items()],
     )
+
+
+def _tokens(epoch: int, results: Sequence[RowResult]) -> dict[str, Tokens]:
+    """What a step tells requesters, by reply subject."""
+    rows: defaultdict[str, list[TokenRow]] = defaultdict(list)
+    prompts: defaultdict[str, list[PromptRow]] = defaultdict(list)
+    for row, made, logprobs, prompt in results:
+        if prompt is not None:
+            prompts[row.start.reply].append(_prompt_row(row, *prompt))
+        if made is not None:
+            rows[row.start.reply].append(row.token_row(pack_ids((made,)), logprobs))
+    return {
+        reply: Tokens(epoch=epoch, rows=tuple(rows[reply]), prompts=tuple(prompts[reply]))
+        for reply in [*rows, *(reply for reply in prompts if reply not in rows)]
+    }
 
 
 def _prompt_row(row: Row, start: int, logprobs: Logprobs) -> PromptRow:

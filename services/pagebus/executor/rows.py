@@ -3,7 +3,7 @@
 from array import array
 from collections.abc import Sequence
 
-from pagebus.bus.messages import FinishReason, Logprobs, RowStart, TokenRow
+from pagebus.bus.messages import FinishReason, Logprobs, TokenRow
 from pagebus.executor.batch import RowInput
 from pagebus.executor.parsed import ParsedChunk, ParsedStart
 

@@ -1,13 +1,18 @@
-"""Who holds which KV block of one executor. Knows no rows, plans or messages beyond the shape of a KV group.
+"""Who holds which KV block of one executor, and which blocks can be found again by their content.
 
-The prefix cache belongs here, between `release` and the free list: a block whose count falls to zero may stay
-findable by its hash until `allocate` takes it.
+A block is free, used (it has references), or cached (it has none, and its digest is known). Knows no rows,
+plans or messages beyond the shape of a KV group.
 """
 
-from array import array
+from collections import OrderedDict
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from pagebus.bus.messages import PoolGroup
+
+Ints = npt.NDArray[np.int32]
 
 
 class BlockError(RuntimeError):
@@ -15,74 +20,96 @@ class BlockError(RuntimeError):
 
 
 class BlockPool:
-    """The blocks of one KV group with reference counts; every operation is O(1) a block."""
+    """The blocks of one KV group: reference counts, free blocks, and cached ones by their last use."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self._counts = array("i", bytes(4 * num_blocks))
+        self._counts = np.zeros(num_blocks, np.int32)
         self._free = list(range(num_blocks - 1, -1, -1))  # taken from the end: low ids first
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._digests: dict[int, bytes] = {}  # of used and cached blocks
+        self._blocks: dict[bytes, int] = {}
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds."""
-        return len(self._free)
+        """Blocks that can be allocated: free and cached ones."""
+        return len(self._free) + len(self._cached)
 
-    def allocate(self, num: int) -> list[int]:
-        """Take `num` blocks, each with one reference. Raises `BlockError` when fewer are free."""
-        if num > len(self._free):
-            raise BlockError(f"{num} blocks asked for, {len(self._free)} of {self.num_blocks} are free")
+    @property
+    def num_cached(self) -> int:
+        """Blocks without a reference that can be found by their digest."""
+        return len(self._cached)
+
+    def allocate(self, num: int) -> Ints:
+        """Take `num` blocks, each with one reference. Raises `BlockError` when fewer are there."""
+        if num > self.num_free:
+            raise BlockError(f"{num} blocks asked for, {self.num_free} of {self.num_blocks} can be had")
         if num == 0:
-            return []
-        taken = self._free[-num:][::-1]
+            return np.zeros(0, np.int32)
+        self.keep_free(num)
+        taken = np.array(self._free[-num:][::-1], np.int32)
         del self._free[-num:]
-        for block in taken:
-            self._counts[block] = 1
+        self._counts[taken] = 1
         return taken
 
-    def share(self, blocks: Sequence[int]) -> None:
-        """Add a reference to blocks that are held. Raises `BlockError` for a free one."""
-        for block in blocks:
+    def keep_free(self, num: int) -> None:
+        """Forget cached blocks, least recently used first, until `num` are free or none is left."""
+        while len(self._free) < num and self._cached:
+            block, _ = self._cached.popitem(last=False)
+            del self._blocks[self._digests.pop(block)]
+            self._free.append(block)
+
+    def share(self, blocks: Sequence[int] | Ints) -> None:
+        """Add a reference to used or cached blocks, which must differ. Raises `BlockError` for a free one."""
+        for block in map(int, blocks):
             if self.count(block) == 0:
-                raise BlockError(f"block {block} is free and cannot be shared")
+                if block not in self._cached:
+                    raise BlockError(f"block {block} is free and cannot be shared")
+                del self._cached[block]
             self._counts[block] += 1
 
-    def release(self, blocks: Sequence[int]) -> None:
-        """Give up one reference to each block. Raises `BlockError` for one that nobody holds."""
-        for block in blocks:
-            if self.count(block) == 0:
-                raise BlockError(f"block {block} was given back twice")
-            self._counts[block] -= 1
-            if self._counts[block] == 0:
+    def release(self, blocks: Sequence[int] | Ints) -> None:
+        """Give up one reference to each of `blocks`, which must differ: the first one is forgotten first.
+
+        Raises `BlockError`, changing nothing, where nobody holds one.
+        """
+        given = np.asarray(blocks, np.int32)
+        counts = self._counts[given]
+        if (counts <= 0).any():
+            raise BlockError(f"blocks {given[counts <= 0].tolist()} were given back twice")
+        self._counts[given] = counts - 1
+        for block in given[counts == 1].tolist():
+            if block in self._digests:
+                self._cached[block] = None
+            else:
                 self._free.append(block)
 
     def count(self, block: int) -> int:
         """References to `block`. Raises `BlockError` for an id outside the pool."""
         if not 0 <= block < self.num_blocks:
             raise BlockError(f"block {block} of a pool of {self.num_blocks}")
-        return self._counts[block]
+        return int(self._counts[block])
 
+    def register(self, block: int, digest: bytes) -> None:
+        """A used block is full, and its KV is that of `digest`. Nothing, if another is known for it."""
+        if digest not in self._blocks and block not in self._digests:
+            self._digests[block] = digest
+            self._blocks[digest] = block
 
-class Tables:
-    """A row's block tables, one a KV group. Entries are absolute: entry e holds positions [16 e, 16 e + 16).
+    def find(self, digest: bytes) -> int:
+        """The block with this content, or -1."""
+        return self._blocks.get(digest, -1)
 
-    ```
-    group with a window     | -1 | -1 | 17 | 4 | 9 |
-    num_dropped = 2 ---------^^^^^^^^^   no position can see these any more: their blocks went back
-    num_told = 4 -----------------------------^     entries that a plan has carried to the executor
-    ```
-    """
+    def is_cached(self, block: int) -> bool:
+        """Whether `block` has no reference and can be found."""
+        return block in self._cached
 
-    __slots__ = ("blocks", "capacity", "num_dropped", "num_told")
-
-    def __init__(self, num_groups: int) -> None:
-        self.blocks: list[array[int]] = [array("i") for _ in range(num_groups)]
-        self.num_dropped = [0] * num_groups
-        self.num_told = [0] * num_groups
-        self.capacity = 0  # positions that all groups have a slot for
-
-    def held(self) -> list[list[int]]:
-        """The blocks held now, by group."""
-        return [list(blocks[dropped:]) for blocks, dropped in zip(self.blocks, self.num_dropped, strict=True)]
+    def clear_cache(self) -> None:
+        """Forget the contents of all blocks."""
+        self._free.extend(self._cached)
+        self._cached.clear()
+        self._digests.clear()
+        self._blocks.clear()
 
 
 class KvPool:
@@ -93,13 +120,20 @@ class KvPool:
         self.groups = tuple(groups)
         self.max_step_tokens = max_step_tokens
         self.pools = [BlockPool(group.num_blocks) for group in self.groups]
-        self._sizes = [group.block_size for group in self.groups]
-        self._max_held = [
+        self.sizes = [group.block_size for group in self.groups]
+        self.windows = [group.window for group in self.groups]
+        self.max_held = [
             None
             if group.window is None
             else min(group.num_blocks, -(-(group.window + max_step_tokens) // group.block_size) + 2)
             for group in self.groups
         ]
+        """Blocks of a group that a row holds at most."""
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether any group is a sliding window."""
+        return any(window is not None for window in self.windows)
 
     @property
     def num_positions(self) -> int | None:
@@ -112,75 +146,25 @@ class KvPool:
         return min(bounds, default=None)
 
     @property
-    def num_blocks(self) -> int:
-        """Blocks of the first group that bounds the context (of the first group, where none does)."""
-        return self._main.num_blocks
-
-    @property
-    def num_free(self) -> int:
-        """Free blocks of the group that `num_blocks` counts."""
-        return self._main.num_free
-
-    @property
-    def _main(self) -> BlockPool:
+    def main(self) -> BlockPool:
+        """The group that bounds the context (the first one, where none does): what figures count."""
         for group, pool in zip(self.groups, self.pools, strict=True):
             if group.window is None:
                 return pool
         return self.pools[0]
 
-    def num_missing(self, tables: Tables, target: int) -> list[int]:
-        """Blocks, by group, that `tables` lack for positions below `target` (a window bounds them)."""
-        missing = []
-        for g, size in enumerate(self._sizes):
-            entries = -(-target // size)
-            bound = self._max_held[g]
-            if bound is not None:
-                entries = min(entries, tables.num_dropped[g] + bound)
-            missing.append(max(0, entries - len(tables.blocks[g])))
-        return missing
+    def num_entries(self, group: int, target: int, num_dropped: int) -> int:
+        """Table entries that positions below `target` need, `num_dropped` of which went back already."""
+        entries = -(-target // self.sizes[group])
+        bound = self.max_held[group]
+        return entries if bound is None else min(entries, num_dropped + bound)
 
-    def has_free(self, counts: Sequence[int], spare: int = 0) -> bool:
-        """Whether `counts` blocks, by group, can be taken so that `spare` stay free in each group."""
-        return all(
-            count == 0 or pool.num_free >= count + spare
-            for count, pool in zip(counts, self.pools, strict=True)
-        )
-
-    def grow(self, tables: Tables, target: int) -> bool:
-        """Give `tables` the blocks for positions below `target`, or as many as are free; whether any."""
-        has_grown = False
-        for g, missing in enumerate(self.num_missing(tables, target)):
-            count = min(missing, self.pools[g].num_free)
-            if count:
-                tables.blocks[g].extend(self.pools[g].allocate(count))
-                has_grown = True
-        if has_grown:
-            tables.capacity = min(
-                len(blocks) * size for blocks, size in zip(tables.blocks, self._sizes, strict=True)
-            )
-        return has_grown
-
-    def drop_unseen(self, tables: Tables, position: int) -> bool:
-        """Give back blocks of windowed groups that no query from `position` on can see. Whether any was.
+    def first_seen(self, group: int, position: int) -> int:
+        """The first table entry that queries from `position` on can see.
 
         ```
-        a query at p sees keys [p - window + 1, p]; the next query is at `position`:
-        entries below floor((position - window + 1) / 16) are unseen
+        a query at p sees keys [p - window + 1, p]
         ```
         """
-        has_dropped = False
-        for g, group in enumerate(self.groups):
-            if group.window is None:
-                continue
-            num_unseen = min((position - group.window + 1) // group.block_size, len(tables.blocks[g]))
-            for entry in range(tables.num_dropped[g], num_unseen):
-                self.pools[g].release((tables.blocks[g][entry],))
-                tables.blocks[g][entry] = -1
-                has_dropped = True
-            tables.num_dropped[g] = max(tables.num_dropped[g], num_unseen)
-        return has_dropped
-
-    def release(self, held: Sequence[Sequence[int]]) -> None:
-        """Give back blocks, by group. Raises `BlockError` where nobody holds one."""
-        for pool, blocks in zip(self.pools, held, strict=True):
-            pool.release(blocks)
+        window = self.windows[group]
+        return 0 if window is None else max(0, position - window + 1) // self.sizes[group]

@@ -8,7 +8,7 @@ import itertools
 from array import array
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pagebus.bus.messages import (
     Accepted,
@@ -21,6 +21,7 @@ from pagebus.bus.messages import (
 )
 from pagebus.scheduler.actions import Action, Ended, Outcome, SendReply
 from pagebus.scheduler.executors import ExecutorState
+from pagebus.scheduler.fairness import VirtualCounters
 from pagebus.scheduler.requests import (
     MAX_QUEUED_TOKENS,
     Refusal,
@@ -43,11 +44,15 @@ class CoreConfig:
     """What the core needs of the settings."""
 
     model: str
-    horizon: int = 8
+    horizon: int = 0  # 0: chosen from the step time
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     max_num_queued_reqs: int = 4096
     max_model_len: int = 0  # 0: what the executors allow
+    enable_prefix_caching: bool = True
+    patience_s: float = 5.0
+    """Who was preempted and has waited so long goes first; who came back stays at least as long."""
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 class RequestBook:
@@ -64,7 +69,9 @@ class RequestBook:
         self._refused = RefusedAttempts()
         self._deadlines: list[tuple[float, int, Request]] = []
         self._serials = itertools.count(1)
-        self.waiting = WaitingQueue()
+        self._tenants = VirtualCounters(config.tenant_weights)
+        self.waiting = WaitingQueue(self._tenants, config.patience_s)
+        self.num_held = 0  # choices that wait for a sibling's prefill
         self.out: list[Action] = []
 
     @property
@@ -111,7 +118,7 @@ class RequestBook:
         self._start(request, choices, now_s)
 
     def _check_load(self, num_tokens: int) -> None:
-        num_waiting = len(self.waiting)
+        num_waiting = len(self.waiting) + self.num_held
         if num_waiting < self._config.max_num_queued_reqs:
             if self.waiting.num_tokens + num_tokens <= MAX_QUEUED_TOKENS or num_waiting == 0:
                 return
@@ -144,11 +151,17 @@ class RequestBook:
                 continue
             row = Row(request, choice, ids, next(self._serials))
             row.end_position = request.num_prompt + request.max_tokens - 1
+            row.state = RowState.HELD
             request.rows.append(row)
-            self.waiting.add(row)
         if not request.rows:
             self.end(request, "finished", now_s)
             return
+        # The others share the first one's blocks once they are computed.
+        first, *others = request.rows
+        first.state = RowState.WAITING
+        request.prompt_choice = first.choice
+        self.waiting.add(first)
+        self.num_held += len(others)
         heapq.heappush(self._deadlines, (request.deadline_s, request.rows[0].serial, request))
         self._tell_accepted(request, now_s)
 
@@ -257,16 +270,61 @@ class RequestBook:
 
     def end_row(self, row: Row, reason: str, *, is_finished: bool) -> None:
         """A row is over. `is_finished`: its executor said so, and writes nothing for it any more."""
-        row.request.rows.remove(row)
-        row.request.finishes[row.choice] = reason
-        state, row.state = row.state, RowState.OVER
-        if state is not RowState.RUNNING:
-            self.waiting.forget(row)
+        state = row.state
+        if state is RowState.RUNNING:
+            executor = self._executors[row.executor]
+            executor.settle_ids(row)
+            executor.remove(row, is_finished=is_finished)
+            if self.waiting or not executor.rows:
+                executor.is_due = True
+        elif state is RowState.HELD:
+            self.num_held -= 1
+        elif state is not RowState.FINISHED:
+            self.waiting.remove(row)
+        self.close_row(row, reason)
+        self.release_siblings(row.request)
+
+    def close_row(self, row: Row, reason: str) -> None:
+        """A row that no executor runs and that does not wait is over."""
+        request = row.request
+        row.state = RowState.OVER
+        request.rows.remove(row)
+        request.finishes[row.choice] = reason
+        request.num_generated += len(row.ids) - request.num_prompt - row.num_received
+
+    def release_siblings(self, request: Request) -> None:
+        """The choices that waited for another one's prefill wait for their turn from now on."""
+        if self.num_held == 0:
             return
-        executor = self._executors[row.executor]
-        executor.remove(row, is_finished=is_finished)
-        if len(self.waiting) or not executor.rows:
-            executor.is_due = True
+        for row in request.rows:
+            if row.state is RowState.HELD:
+                row.state = RowState.WAITING
+                self.num_held -= 1
+                self.waiting.add(row)
+
+    def row_placed(self, row: Row, executor: ExecutorState, now_s: float) -> None:
+        """A row is about to run."""
+        request = row.request
+        if request.first_scheduled_s is None:
+            request.first_scheduled_s = now_s
+        executor.slots.tenant[row.slot] = self._tenants.number(request.tenant)
+        if not row.is_charged:
+            row.is_charged = True
+            self._tenants.pay_input(request.tenant, row.num_ids - row.num_cached)
+
+    def prefill_done(self, row: Row, now_s: float) -> None:
+        """A row's prompt is computed, and its first id made."""
+        request = row.request
+        request.last_told_s = now_s
+        if request.first_token_s is None:
+            request.first_token_s = now_s
+        if len(request.rows) > 1:
+            self.release_siblings(request)
+
+    def pay(self, service: Mapping[int, int]) -> None:
+        """Ids were made: their numbers, by the tenant's number."""
+        for number, num_ids in service.items():
+            self._tenants.pay_output(number, num_ids)
 
     def fit_waiting(self, now_s: float) -> None:
         """What waits was perhaps accepted before the context's limit was known."""
@@ -279,15 +337,6 @@ class RequestBook:
                 self.fail(request, refusal.code, refusal.message, now_s, is_client_fault=True)
             else:
                 request.clip(max_model_len)
-
-    def add_ids(self, row: Row, ids: "array[int]", now_s: float) -> None:
-        """An executor made ids of a row."""
-        request = row.request
-        row.ids.extend(ids)
-        request.num_generated += len(ids)
-        request.last_told_s = now_s
-        if request.first_token_s is None:
-            request.first_token_s = now_s
 
     # -- time ------------------------------------------------------------------------------------------------
 
@@ -304,9 +353,22 @@ class RequestBook:
         self._refused.prune(now_s)
         for request in self._requests.values():
             if now_s - request.last_told_s >= ACCEPTED_INTERVAL_S:
+                request.last_told_s = max(request.last_told_s, self._made_s(request))
+            if now_s - request.last_told_s >= ACCEPTED_INTERVAL_S:
                 self._tell_accepted(request, now_s)
         if len(self._deadlines) > 2 * len(self._requests) + 64:
             self._deadlines = [
                 entry for entry in self._deadlines if self._requests.get(entry[2].request_id) is entry[2]
             ]
             heapq.heapify(self._deadlines)
+
+    def _made_s(self, request: Request) -> float:
+        """When the newest id of the request came."""
+        return max(
+            (
+                float(self._executors[row.executor].slots.made_s[row.slot])
+                for row in request.rows
+                if row.state is RowState.RUNNING
+            ),
+            default=0.0,
+        )

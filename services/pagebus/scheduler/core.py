@@ -1,6 +1,7 @@
 """The scheduler's core: requests and reports in, plans and replies out. No I/O, no clock, no torch, no text.
 
-Times are monotonic seconds given by the caller. `plan` returns all that is to be sent, in order.
+Times are monotonic seconds given by the caller. `plan` returns all that is to be sent, in order; `settle`
+does what no plan has to wait for, once that was sent.
 """
 
 import itertools
@@ -8,15 +9,17 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 from pagebus.bus import subjects
-from pagebus.bus.messages import Cancel, DecodeError, Generate, Hello, StepDone, unpack_handles, unpack_ids
+from pagebus.bus.messages import Cancel, DecodeError, Generate, Hello, StepDone, unpack_handles
 from pagebus.scheduler import placing
 from pagebus.scheduler.actions import Action, SendPlan
 from pagebus.scheduler.blocks import KvPool
 from pagebus.scheduler.book import CoreConfig, RequestBook
-from pagebus.scheduler.executors import MAX_UNACKNOWLEDGED, ExecutorState
-from pagebus.scheduler.planner import Budget, lay_out
-from pagebus.scheduler.requests import RowState
+from pagebus.scheduler.executors import MAX_UNACKNOWLEDGED, ExecutorState, ReportError
+from pagebus.scheduler.planner import Budget, choose_horizon, lay_out
+from pagebus.scheduler.requests import Row, RowState
 
 SILENCE_S = 3.0
 """An executor that was not heard for so long is given up."""
@@ -26,6 +29,8 @@ MAX_PLAN_IDS = 1 << 19
 """Ids (2 MiB) that the chunks of one plan may carry."""
 MAX_PLAN_START_BYTES = 2 << 20
 """Rough bytes of new rows' descriptors and tables in one plan."""
+MAX_CHUNK_S = 1.0
+MIN_CHUNK_TOKENS = 64
 
 
 class Figures(NamedTuple):
@@ -55,7 +60,9 @@ class SchedulerCore:
         self._executors: dict[str, ExecutorState] = {}
         self._handles = itertools.count(1)
         self._book = RequestBook(self._config, self.epoch, self._executors, self.counters)
+        self._finished: list[tuple[Row, str, float]] = []
         self._upkeep_s = float("-inf")
+        self._stuck = (0, 0)  # ticket of the row that found no place, and what had changed until then
 
     # -- terms -----------------------------------------------------------------------------------------------
 
@@ -75,11 +82,13 @@ class SchedulerCore:
     def on_generate(self, generate: Generate, now_s: float, headers: Mapping[str, str] | None = None) -> None:
         """Take a request, a new attempt of one, or turn it away. `headers` carry its trace context."""
         if self.epoch:
+            self._settle_finished()
             self._book.on_generate(generate, now_s, headers)
 
     def on_cancel(self, cancel: Cancel, now_s: float) -> None:
         """Stop and free rows; nothing more is sent for them."""
         if self.epoch:
+            self._settle_finished()
             self._book.on_cancel(cancel, now_s)
 
     def on_fault(self, generate: Generate, now_s: float) -> None:
@@ -100,6 +109,7 @@ class SchedulerCore:
                 group.num_blocks > 0 and group.block_size > 0 and (group.window is None or group.window > 0)
                 for group in hello.pool
             )
+            and len({group.block_size for group in hello.pool}) == 1
         )
         try:
             handles = unpack_handles(hello.handles)
@@ -120,7 +130,7 @@ class SchedulerCore:
             has_lost_state = executor.acknowledged_before > 0
         else:
             has_lost_state = executor.view_differs(hello, handles)
-        if has_lost_state or tuple(hello.pool) != executor.kv.groups:
+        if has_lost_state or tuple(hello.pool) != executor.pool:
             self._give_up(executor, f"executor {hello.executor} came back in another state", now_s)
             self._meet(hello, executor, now_s)
         elif hello.has_gap:
@@ -128,28 +138,29 @@ class SchedulerCore:
 
     def _meet(self, hello: Hello, old: ExecutorState | None, now_s: float) -> None:
         is_ours = hello.epoch == self.epoch and hello.plan > 0
-        # A Hello's count may lag; what was processed once is never repeated by the executor.
-        num_steps = max(hello.num_steps, old.num_steps if old else 0) if is_ours else 0
-        kv = KvPool(hello.pool, self._config.max_num_batched_tokens)
-        full_len = min(self._config.max_model_len or hello.max_model_len, hello.max_model_len)
-        sequence = max(hello.plan if is_ours else 0, old.sequence if old else 0)
-        self._executors[hello.executor] = ExecutorState(
-            name=hello.executor,
-            kv=kv,
-            max_num_seqs=hello.max_num_seqs,
-            max_len=full_len if kv.num_positions is None else min(full_len, kv.num_positions),
-            full_len=full_len,
-            heard_s=now_s,
-            sequence=sequence,
-            acknowledged=hello.plan if is_ours else 0,
-            snapshot_sequence=sequence + 1,
-            num_steps=num_steps,
-            num_steps_told=num_steps,
+        executor = ExecutorState(
+            hello,
+            KvPool(hello.pool, self._config.max_num_batched_tokens),
+            max_num_seqs=self._max_num_seqs,
+            full_len=min(self._config.max_model_len or hello.max_model_len, hello.max_model_len),
+            now_s=now_s,
+            handles=self._handles,
+            is_caching=self._config.enable_prefix_caching,
         )
+        # A Hello's count may lag; what was processed once is never repeated by the executor.
+        executor.num_steps = max(hello.num_steps, old.num_steps if old else 0) if is_ours else 0
+        executor.num_steps_told = executor.num_steps
+        executor.sequence = max(hello.plan if is_ours else 0, old.sequence if old else 0)
+        executor.acknowledged = hello.plan if is_ours else 0
+        executor.snapshot_sequence = executor.sequence + 1
+        self._executors[hello.executor] = executor
+        self._stuck = (0, 0)
         self._book.fit_waiting(now_s)
 
     def _give_up(self, executor: ExecutorState, why: str, now_s: float) -> None:
         """Tell its rows' requesters to ask again; what it still does is of attempts that nobody follows."""
+        self._settle_finished()
+        self._stuck = (0, 0)
         executor.is_lost = True
         rows = [*executor.rows.values(), *(entry.row for entry in executor.returning)]
         for request in {row.request: None for row in rows if row.state is not RowState.OVER}:
@@ -176,40 +187,53 @@ class SchedulerCore:
 
     def _take_report(self, executor: ExecutorState, done: StepDone, now_s: float) -> None:
         try:
-            handles = unpack_handles(done.handles)
-            computed = unpack_handles(done.num_computed)
-            ids = unpack_ids(done.ids)
-            is_sound = len(handles) == len(computed) == len(done.num_made) and sum(done.num_made) == len(ids)
-        except DecodeError:
-            is_sound = False
-        executor.num_steps = done.num_steps
-        executor.num_done += done.plan == executor.sequence
-        if not is_sound:
-            self._give_up(executor, f"executor {done.executor} sent a broken report", now_s)
+            completed = executor.take_report(done, now_s)
+        except ReportError as error:
+            self._give_up(executor, f"executor {done.executor} sent a broken report: {error}", now_s)
             return
-        first = 0
-        for handle, position, num_made in zip(handles, computed, done.num_made, strict=True):
-            row = executor.row_of(handle)
-            if row is not None and row.state is not RowState.OVER:
-                if row.position < row.target <= position and row.state is RowState.RUNNING:
-                    executor.num_behind -= 1
-                row.position = position
-                if num_made:
-                    self._book.add_ids(row, ids[first : first + num_made], now_s)
-            first += num_made
+        for row in completed:
+            self._book.prefill_done(row, now_s)
         for handle, message in done.failed.items():
-            row = executor.row_of(handle)
-            if row is not None and row.state is not RowState.OVER:
+            failed = executor.row_of(handle)
+            if failed is not None and failed.state is not RowState.OVER:
                 # The executor itself told the requester.
-                self._book.end_row(row, "failed", is_finished=True)
+                self._book.end_row(failed, "failed", is_finished=True)
                 self.counters["row_failed"] += 1
-                self._book.end(row.request, "failed", now_s, message[:200])
+                self._book.end(failed.request, "failed", now_s, message[:200])
         for handle, reason in done.finished.items():
-            row = executor.row_of(handle)
-            if row is not None and row.state is not RowState.OVER:
-                self._book.end_row(row, reason, is_finished=True)
+            finished = executor.row_of(handle)
+            if finished is not None and finished.state is not RowState.OVER:
+                self._finish(executor, finished, reason, now_s)
+
+    def _finish(self, executor: ExecutorState, row: Row, reason: str, now_s: float) -> None:
+        """A row's executor has let go of it; the books are closed after the next plan."""
+        if row.state is RowState.RUNNING:
+            executor.remove(row, is_finished=True)
+        elif row.state is RowState.RETURNING:
+            self._book.waiting.remove(row)
+        row.state = RowState.FINISHED
+        self._finished.append((row, reason, now_s))
+        executor.is_due |= bool(self._book.waiting) or not executor.rows
+
+    def _settle_finished(self) -> None:
+        if self._finished:
+            self.settle()
+
+    def settle(self) -> None:
+        """After `plan` and the sending of what it gave: ids, digests, ended rows, tenants' counters."""
+        if self.epoch == 0:
+            return
+        for executor in self._executors.values():
+            if executor.has_unsettled:
+                self._book.pay(executor.settle())
+        finished, self._finished = self._finished, []
+        for row, reason, now_s in finished:
+            if row.state is RowState.FINISHED:
+                self._book.close_row(row, reason)
                 if not row.request.rows:
                     self._book.end(row.request, "finished", now_s)
+                else:
+                    self._book.release_siblings(row.request)
 
     # -- time ------------------------------------------------------------------------------------------------
 
@@ -217,6 +241,7 @@ class SchedulerCore:
         """What happens by time alone; call it some times a second."""
         if self.epoch == 0:
             return
+        self.settle()
         self._book.end_overdue(now_s)
         for executor in list(self._executors.values()):
             silent_s = now_s - executor.heard_s
@@ -239,7 +264,8 @@ class SchedulerCore:
     def plan(self, now_s: float) -> list[Action]:
         """All that is to be sent now: replies, at most one new plan an executor, and repeated ones."""
         if self.epoch:
-            self._place_waiting(now_s)
+            if self._book.waiting:
+                self._place_waiting(now_s)
             for executor in self._executors.values():
                 if executor.is_due and len(executor.unacknowledged) < MAX_UNACKNOWLEDGED:
                     self._plan_executor(executor, now_s)
@@ -249,36 +275,84 @@ class SchedulerCore:
         return out
 
     def _place_waiting(self, now_s: float) -> None:
-        """Place rows, first come first: the head waits for room, and nobody overtakes it."""
+        """Place rows in their turn: the head waits for room, and nobody overtakes it."""
+        if any(executor.has_ended_rows for executor in self._executors.values()):
+            self.settle()
         left = MAX_PLAN_START_BYTES
         while left > 0:
-            row = self._book.waiting.head()
+            row = self._book.waiting.head(now_s)
             if row is None or row.state is not RowState.WAITING:
                 return
-            executor = placing.choose_executor(self._executors.values(), row, self._max_num_seqs)
-            if executor is None:
+            stuck = (row.ticket, sum(executor.num_changes for executor in self._executors.values()))
+            place = None if stuck == self._stuck else placing.choose_place(self._executors.values(), row)
+            if place is None:
+                self._stuck = stuck
+                self._make_room(row, now_s)
                 return
-            self._book.waiting.take_head()
-            executor.place(row, next(self._handles))
-            executor.grow(row, placing.start_position(executor, row))
-            left -= 512 + len(row.request.stop_token_ids) + 4 * sum(map(len, row.tables.blocks))
-            if row.request.first_scheduled_s is None:
-                row.request.first_scheduled_s = now_s
+            self._book.waiting.remove(row)
+            target = placing.start_position(place.executor.kv, row)
+            place.executor.place(row, place.hit, place.copies, target, now_s)
+            self._book.row_placed(row, place.executor, now_s)
+            left -= 512 + len(row.request.stop_token_ids) + 4 * len(row.ids) // 16
+            left -= 4 * len(row.ids) if row.request.sampling.needs_history else 0
+
+    def _make_room(self, row: Row, now_s: float) -> None:
+        """Preempt for a row that has waited too long, or for one with a better priority."""
+        is_starving = self._book.waiting.is_starving(row, now_s)
+        for executor in self._executors.values():
+            if not executor.is_ready or row.end_position > executor.max_len:
+                continue
+            patience_s = self._config.patience_s
+            victims = [
+                rows
+                for rows in placing.by_loss(executor, now_s, patience_s)
+                if rows[0].request.priority > row.request.priority
+                or (
+                    is_starving
+                    and all(placing.has_had_its_turn(executor, each, now_s, patience_s) for each in rows)
+                )
+            ]
+            coming = np.array(executor.num_returning_blocks)
+            leaving: list[Row] = []
+            has_room = False
+            while not has_room:
+                num_free = executor.max_num_seqs - len(executor.rows) + len(leaving)
+                has_room = num_free > 0 and placing.could_fit(executor, row, coming)
+                if has_room or not victims:
+                    break
+                rows = victims.pop(0)
+                coming += placing.num_held(executor, rows)
+                leaving += rows
+            if has_room:
+                self._preempt(executor, leaving, now_s)
+                return
+
+    def _preempt(self, executor: ExecutorState, rows: list[Row], now_s: float) -> None:
+        for row in rows:
+            executor.remove(row, is_finished=False)
+            row.request.num_preemptions += 1
+            row.num_preemptions += 1
+            row.waiting_since_s = now_s
+            row.state = RowState.RETURNING if row.is_told else RowState.WAITING
+            self._book.waiting.add(row)
+            self._book.release_siblings(row.request)
 
     def _plan_executor(self, executor: ExecutorState, now_s: float) -> None:
-        while victims := placing.give_blocks(executor, self._config.horizon):
-            for row in victims:
-                executor.remove(row, is_finished=False)
-                row.request.num_preemptions += 1
-                row.state = RowState.RETURNING if row.is_told else RowState.WAITING
-                self._book.waiting.add(row)
+        horizon = self._config.horizon or choose_horizon(executor.step_s)
+        while victims := placing.give_blocks(executor, horizon, now_s, self._config.patience_s):
+            if executor.has_ended_rows:
+                self._book.pay(executor.settle())  # perhaps nobody has to go
+                continue
+            self._preempt(executor, victims, now_s)
         executor.is_due = False  # what was released just now is in this plan
-        budget = Budget(
-            num_steps=self._config.horizon,
-            num_step_tokens=self._config.max_num_batched_tokens,
-            num_chunk_tokens=MAX_PLAN_IDS,
-        )
-        steps = lay_out(executor.rows.values(), budget)
+        num_step_tokens = self._config.max_num_batched_tokens
+        if executor.prefill_s > 0:
+            num_step_tokens = min(
+                num_step_tokens,
+                max(MIN_CHUNK_TOKENS + len(executor.rows), int(MAX_CHUNK_S / executor.prefill_s)),
+            )
+        budget = Budget(num_steps=horizon, num_step_tokens=num_step_tokens, num_chunk_tokens=MAX_PLAN_IDS)
+        steps = lay_out(executor.slots, list(executor.prefilling.values()), budget)
         plan = executor.make_plan(self.epoch, steps, now_s)
         if plan is not None:
             self._book.out.append(SendPlan(executor.name, plan))
@@ -291,10 +365,10 @@ class SchedulerCore:
         live = [executor for executor in self._executors.values() if not executor.is_lost]
         return Figures(
             num_running=sum(len(executor.rows) for executor in live),
-            num_waiting=len(self._book.waiting),
+            num_waiting=len(self._book.waiting) + self._book.num_held,
             num_executors=len(live),
-            num_blocks=sum(executor.kv.num_blocks for executor in live),
-            num_free_blocks=sum(executor.kv.num_free for executor in live),
+            num_blocks=sum(executor.kv.main.num_blocks for executor in live),
+            num_free_blocks=sum(executor.kv.main.num_free for executor in live),
             block_size=live[0].kv.groups[0].block_size if live else 16,
             max_model_len=self._book.max_model_len,
             full_model_len=min((executor.full_len for executor in live), default=0),

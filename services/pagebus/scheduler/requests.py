@@ -16,9 +16,10 @@ from pagebus.bus.messages import (
     Rejected,
     RowStart,
     Sampling,
+    pack_ids,
     unpack_ids,
 )
-from pagebus.scheduler.blocks import Tables
+from pagebus.scheduler.prefix import root_digest
 
 MAX_CHOICES = 128
 MAX_STOP_IDS = 4096
@@ -30,36 +31,40 @@ class RowState(enum.Enum):
     """Where a row is in its life."""
 
     WAITING = "waiting"
+    HELD = "held"  # waits for the prefill of a sibling choice, whose blocks it will share
     RUNNING = "running"  # has a handle, blocks, and a place in plans
     RETURNING = "returning"  # preempted; the executor has not said yet that it let go
+    FINISHED = "finished"  # its executor said so; the books are closed after the next plan
     OVER = "over"
 
 
 class Row:
-    """One (request, choice): its ids so far and, while it runs, its handle, blocks and progress.
+    """One (request, choice): its ids so far and, while it runs, where it does.
 
-    ```
-    ids       | prompt | received | made ... |
-    num_ids   length of ids when the row was placed: what its prefill covers
-    position  positions whose KV the executor has reported
-    target    position that the newest plan brings it to
-    ```
+    Progress of a running row stands in its executor's `SlotTable`; `ids` lag behind it by a block at most.
     """
 
     __slots__ = (
         "choice",
+        "copies",
+        "digests",
         "end_position",
         "executor",
         "handle",
         "ids",
+        "is_charged",
         "is_told",
+        "num_cached",
         "num_ids",
-        "position",
+        "num_preemptions",
+        "num_received",
+        "placed_s",
         "request",
         "serial",
+        "slot",
         "state",
-        "tables",
-        "target",
+        "ticket",
+        "waiting_since_s",
     )
 
     def __init__(self, request: "Request", choice: int, ids: "array[int]", serial: int) -> None:
@@ -70,32 +75,41 @@ class Row:
         self.state = RowState.WAITING
         self.executor = ""
         self.handle = 0
-        self.num_ids = len(ids)
-        self.position = 0
-        self.target = 0
+        self.slot = -1
+        self.num_ids = len(ids)  # when it was placed: what its prefill covers
+        self.num_received = len(ids) - request.num_prompt  # ids that the attempt came with
+        self.num_cached = 0
+        self.copies: array[int] = array("i")
+        self.digests: list[bytes] = []  # of the full blocks of ids, as far as they were needed
         self.end_position = 0  # KV positions that the whole row needs: the last id's is never computed
-        self.tables = Tables(0)
         self.is_told = False  # whether a plan has described it to its executor
+        self.is_charged = False  # whether its tenant has paid for the prompt
+        self.num_preemptions = 0
+        self.ticket = 0  # its place in the queue
+        self.placed_s = 0.0
+        self.waiting_since_s = request.arrival_s
 
     @property
-    def age(self) -> tuple[float, int]:
-        """Sorts rows by arrival."""
-        return (self.request.arrival_s, self.serial)
+    def rank(self) -> tuple[int, float, int]:
+        """Sorts rows by who goes first: priority, then arrival."""
+        return (self.request.priority, self.request.arrival_s, self.serial)
 
-    def place(self, executor: str, handle: int, num_groups: int) -> None:
-        """The row is about to run on an executor, from its first position and under a new handle."""
+    def place(self, executor: str, now_s: float) -> None:
+        """The row is about to run on an executor, under a new handle."""
         self.state = RowState.RUNNING
         self.executor = executor
-        self.handle = handle
         self.num_ids = len(self.ids)
-        self.position = 0
-        self.target = 0
-        self.tables = Tables(num_groups)
+        self.num_cached = 0
+        self.copies = array("i")
         self.is_told = False
+        self.placed_s = now_s
 
     def start_message(self) -> RowStart:
         """The descriptor that tells an executor of this row."""
         request = self.request
+        sampling = request.sampling
+        if sampling.num_prompt_logprobs is not None and request.prompt_choice != self.choice:
+            sampling = msgspec.structs.replace(sampling, num_prompt_logprobs=None)
         return RowStart(
             handle=self.handle,
             request_id=request.request_id,
@@ -103,13 +117,22 @@ class Row:
             choice=self.choice,
             reply=request.reply,
             life=request.life,
-            sampling=request.sampling,
+            sampling=sampling,
             stop_token_ids=request.stop_token_ids,
             num_ids=self.num_ids,
             num_generated=self.num_ids - request.num_prompt,
+            num_cached=self.num_cached,
+            copies=pack_ids(self.copies),
             max_tokens=request.max_tokens,
             min_tokens=request.min_tokens,
+            all_ids=pack_ids(self.ids) if sampling.needs_history else b"",
         )
+
+    @property
+    def may_hit(self) -> bool:
+        """Whether the row may begin after cached positions: not where the prompt's logits are asked for."""
+        request = self.request
+        return request.sampling.num_prompt_logprobs is None or request.prompt_choice != self.choice
 
 
 @dataclass(slots=True, eq=False)
@@ -126,6 +149,8 @@ class Request:
     max_tokens: int
     min_tokens: int
     priority: int
+    tenant: str
+    root: bytes  # where the chain of its blocks' digests begins
     headers: Mapping[str, str]
     arrival_s: float
     deadline_s: float
@@ -134,6 +159,7 @@ class Request:
     first_token_s: float | None = None
     num_preemptions: int = 0
     num_generated: int = 0
+    prompt_choice: int = 0  # whose row tells the prompt's log-probabilities
     rows: list[Row] = field(default_factory=list)  # those that are not over
     finishes: dict[int, str] = field(default_factory=dict)  # by choice, of this attempt
 
@@ -220,9 +246,21 @@ def _check_limits(generate: Generate, model: str) -> None:
             Refusal("invalid_request", f"max_tokens is {generate.max_tokens}; at least 1 is needed")
         )
     sampling = generate.sampling
-    numbers = (sampling.temperature, sampling.top_p, sampling.min_p)
+    numbers = (
+        sampling.temperature,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.presence_penalty,
+        sampling.frequency_penalty,
+        sampling.repetition_penalty,
+        *sampling.logit_bias.values(),
+    )
     if not all(math.isfinite(number) for number in numbers):
-        raise RefusedError(Refusal("invalid_request", "temperature, top_p and min_p must be finite numbers"))
+        raise RefusedError(Refusal("invalid_request", "the numbers of the sampling must be finite"))
+    if sampling.repetition_penalty <= 0:
+        raise RefusedError(Refusal("invalid_request", "repetition_penalty must be above 0"))
+    for data in (sampling.allowed_token_ids, *sampling.bad_words):
+        read_ids(data, "allowed_token_ids or bad_words")
     if len(read_ids(generate.stop_token_ids, "stop_token_ids")) > MAX_STOP_IDS:
         raise RefusedError(Refusal("invalid_request", f"more than {MAX_STOP_IDS} stop ids"))
 
@@ -252,6 +290,8 @@ def read_request(
         max_tokens=generate.max_tokens,
         min_tokens=generate.min_tokens,
         priority=generate.priority,
+        tenant=generate.tenant,
+        root=root_digest(generate.tenant, generate.cache_salt),
         headers=headers,
         arrival_s=now_s,
         deadline_s=now_s + generate.time_left_ms / 1000,

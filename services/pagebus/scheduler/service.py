@@ -6,9 +6,11 @@ One turn of the loop: receive all, plan once, send. It decides nothing itself.
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 from pagebus.bus import subjects
 from pagebus.bus.messages import (
@@ -31,12 +33,28 @@ from pagebus.settings.structs import SchedulerSettings
 from pagebus.telemetry.tracing import RequestTimings
 
 log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 HEARTBEAT_INTERVAL_S = 0.5
 TICK_INTERVAL_S = 0.05
 PAUSE_S = 0.5
 MAX_INBOX = 100_000
 COUNTERS_INTERVAL_S = 30.0
+
+
+def read_weights(texts: Iterable[str]) -> Mapping[str, float]:
+    """Tenants' weights from NAME=WEIGHT. Raises `ValueError` with a sentence for a person."""
+    weights = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not name or not 0 < weight < math.inf:
+            raise ValueError(f"--tenant-weight {text!r}: NAME=WEIGHT with a weight above 0 is wanted")
+        weights[name] = weight
+    return weights
 
 
 async def run(
@@ -76,6 +94,8 @@ class SchedulerService:
                 max_num_batched_tokens=settings.max_num_batched_tokens,
                 max_num_queued_reqs=settings.max_num_queued_reqs,
                 max_model_len=settings.max_model_len,
+                enable_prefix_caching=settings.enable_prefix_caching,
+                tenant_weights=read_weights(settings.tenant_weight),
             )
         )
         self._leadership = Leadership(bus, self._model, name)
@@ -138,7 +158,8 @@ class SchedulerService:
         self._follow_term()
         self._drain()
         self._follow_term()
-        await self._send(self._plan())
+        await self._send(self._run(self._plan) or [])
+        self._run(self._core.settle)
         await self._beat()
         self._report_counters()
         self._turn_s = time.monotonic()
@@ -195,18 +216,21 @@ class SchedulerService:
 
     def _plan(self) -> list[Action]:
         now_s = time.monotonic()
+        if now_s - self._tick_s >= TICK_INTERVAL_S:
+            self._tick_s = now_s
+            self._core.on_tick(now_s)
+        return self._core.plan(now_s)
+
+    def _run(self, part: Callable[[], _Result]) -> _Result | None:
         try:
-            if now_s - self._tick_s >= TICK_INTERVAL_S:
-                self._tick_s = now_s
-                self._core.on_tick(now_s)
-            return self._core.plan(now_s)
+            return part()
         except Exception:
             # Nothing is known for sure any more: begin a new term, in which requesters ask again.
             log.exception("planning failed")
             self._counters["planning_errors"] += 1
             self._leadership.step_down("planning failed")
             self._follow_term()
-            return []
+            return None
 
     # -- send ------------------------------------------------------------------------------------------------
 

@@ -1,60 +1,116 @@
-"""The rows that wait, first come first served, and the attempts that must not run again."""
+"""The rows that wait and whose turn it is, and the attempts that must not run again."""
 
 import heapq
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from pagebus.scheduler.requests import Row, RowState
+from pagebus.scheduler.fairness import VirtualCounters
+from pagebus.scheduler.requests import Row
 
 REFUSAL_TIME_S = 300.0
 MAX_REFUSALS = 200_000
 
 
-class WaitingQueue:
-    """Rows by arrival. A preempted row comes back ahead of all that arrived after it.
+class _Entry(NamedTuple):
+    """A row's place in a heap; void once the row's ticket is another one."""
 
-    Rows that ended meanwhile are skipped; `len` counts those that really wait.
+    key: tuple[float, float, float, int]
+    ticket: int
+    row: Row
+
+    @property
+    def is_void(self) -> bool:
+        return self.ticket != self.row.ticket
+
+
+class WaitingQueue:
+    """Rows by turn:
+
+    1. who was preempted and has waited longer than `patience_s` since, longest wait first;
+    2. the best priority; within it who was preempted, by arrival;
+    3. then the tenant that got the least service, and its rows by arrival.
+
+    `len` counts the rows that wait, `num_tokens` their prompts' tokens.
     """
 
-    def __init__(self) -> None:
-        self._heap: list[tuple[tuple[float, int], Row]] = []
+    def __init__(self, counters: VirtualCounters, patience_s: float) -> None:
+        self._counters = counters
+        self._patience_s = patience_s
+        self._lines: dict[str, list[_Entry]] = {}  # by tenant
+        self._preempted: list[_Entry] = []  # by the time since which they wait
+        self._tickets = 0
+        self._num_void = 0
         self._num_waiting = 0
-        self.num_tokens = 0  # of their prompts
+        self.num_tokens = 0
 
     def __len__(self) -> int:
         return self._num_waiting
 
     def __iter__(self) -> Iterator[Row]:
         """All that wait, in no order."""
-        return (row for _, row in self._heap if row.state in (RowState.WAITING, RowState.RETURNING))
+        return (entry.row for line in self._lines.values() for entry in line if not entry.is_void)
 
     def add(self, row: Row) -> None:
         """Put in a row that waits or returns; it must not be in already."""
-        heapq.heappush(self._heap, (row.age, row))
+        tenant = row.request.tenant
+        if tenant not in self._lines:
+            self._counters.lift(tenant, self._lines)
+            self._lines[tenant] = []
+        self._tickets += 1
+        row.ticket = self._tickets
+        priority, arrival_s, serial = row.rank
+        is_new = row.num_preemptions == 0
+        entry = _Entry((priority, is_new, arrival_s, serial), row.ticket, row)
+        heapq.heappush(self._lines[tenant], entry)
+        if not is_new:
+            entry = _Entry((row.waiting_since_s, 0, arrival_s, serial), row.ticket, row)
+            heapq.heappush(self._preempted, entry)
         self._num_waiting += 1
         self.num_tokens += row.request.num_prompt
 
-    def forget(self, row: Row) -> None:
-        """Count out a row that waited and ended; it is dropped when it is met."""
+    def remove(self, row: Row) -> None:
+        """A row waits no longer."""
+        row.ticket = 0
         self._num_waiting -= 1
         self.num_tokens -= row.request.num_prompt
-        if len(self._heap) > 2 * self._num_waiting + 64:
-            self._heap = [entry for entry in self._heap if entry[1].state is not RowState.OVER]
-            heapq.heapify(self._heap)
+        self._num_void += 1
+        line = self._lines[row.request.tenant]
+        _drop_void(line)
+        if not line:
+            del self._lines[row.request.tenant]
+        _drop_void(self._preempted)
+        if self._num_void > 2 * self._num_waiting + 64:
+            self._compact()
 
-    def head(self) -> Row | None:
-        """The row that is next, or None."""
-        while self._heap and self._heap[0][1].state is RowState.OVER:
-            heapq.heappop(self._heap)
-        return self._heap[0][1] if self._heap else None
+    def _compact(self) -> None:
+        for heap in (*self._lines.values(), self._preempted):
+            heap[:] = [entry for entry in heap if not entry.is_void]
+            heapq.heapify(heap)
+        self._num_void = 0
 
-    def take_head(self) -> Row:
-        """Take the row that `head` gave out of the queue."""
-        _, row = heapq.heappop(self._heap)
-        self._num_waiting -= 1
-        self.num_tokens -= row.request.num_prompt
-        return row
+    def is_starving(self, row: Row, now_s: float) -> bool:
+        """Whether a preempted row has waited too long for its next id."""
+        return row.num_preemptions > 0 and now_s - row.waiting_since_s >= self._patience_s
+
+    def head(self, now_s: float) -> Row | None:
+        """The row whose turn it is, or None."""
+        if self._preempted and self.is_starving(self._preempted[0].row, now_s):
+            return self._preempted[0].row
+        best: tuple[tuple[float, float, float, float, int], Row] | None = None
+        for tenant, line in self._lines.items():
+            priority, is_new, arrival_s, serial = line[0].key
+            service = self._counters.value(tenant) if is_new else 0.0
+            key = (priority, is_new, service, arrival_s, serial)
+            if best is None or key < best[0]:
+                best = (key, line[0].row)
+        return None if best is None else best[1]
+
+
+def _drop_void(heap: list[_Entry]) -> None:
+    while heap and heap[0].is_void:
+        heapq.heappop(heap)
 
 
 @dataclass(slots=True)

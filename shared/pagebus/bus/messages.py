@@ -202,10 +202,11 @@ class Grant(NamedTuple):
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One step of a lease: chunks to prefill and rows that decode one id each."""
+    """One step of a lease: chunks to prefill and rows that decode one id each; or so many alike."""
 
     chunks: tuple[Chunk, ...] = ()
     decode: bytes = b""  # uint32 handles
+    num_times: int = 1  # more only without chunks
 
 
 class Plan(Message, frozen=True, kw_only=True):
@@ -420,16 +421,41 @@ class ApiEvent(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
     id: str
 
 
+class ApiTopLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the most probable tokens at a place; `bytes` are its true ones, also of half a character."""
+
+    token: str
+    token_id: int
+    logprob: float
+    bytes: list[int]
+
+
+class ApiTokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """The log-probability of a token. `rank`: how many ids are at least as probable; 1: the best."""
+
+    token: str
+    token_id: int
+    logprob: float
+    rank: int
+    bytes: list[int]
+    top_logprobs: list[ApiTopLogprob]
+
+
 class ApiTokens(ApiEvent, frozen=True, kw_only=True, tag="tokens"):
     """New text of a choice. `index` is the first token's index among the choice's generated tokens.
 
-    Text may lag behind the tokens (a character or a stop string that is not complete yet)."""
+    Text may lag behind the tokens (a character or a stop string that is not complete yet). Where they were
+    asked for, `logprobs` are those of `token_ids`; `prompt_logprobs` come in order before the first token, in
+    events without tokens, the first one null.
+    """
 
     choice: int
     index: int
     token_ids: list[int]
     text: str
     finish_reason: FinishReason | None = None
+    logprobs: list[ApiTokenLogprob] | None = None
+    prompt_logprobs: list[ApiTokenLogprob | None] | None = None
 
 
 class ApiUsage(msgspec.Struct, frozen=True, kw_only=True):
@@ -438,6 +464,7 @@ class ApiUsage(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    cached_tokens: int = 0  # of the prompt's, from the prefix cache
 
 
 class ApiDone(ApiEvent, frozen=True, kw_only=True, tag="done"):

@@ -15,6 +15,7 @@ LoadFormat = Literal["auto", "safetensors", "dummy"]
 BUNDLED_MODEL_NAME = "pagebus-mini"
 """Name of the bundled model, served where no model is named."""
 
+GenerationConfig = Literal["auto", "vllm"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 Text = Annotated[str, Meta(max_length=4096)]
@@ -56,6 +57,10 @@ class GatewaySettings(CommonSettings):
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on")] = 8000
     api_key: Annotated[tuple[Text, ...], Meta(description="key(s), one of which clients must send")] = ()
     chat_template: Annotated[Text, Meta(description="Jinja chat template file, instead of the model's")] = ""
+    generation_config: Annotated[
+        GenerationConfig,
+        Meta(description="auto: the model's generation_config.json gives defaults; vllm: it does not"),
+    ] = "auto"
     max_body_bytes: Annotated[Count, Meta(description="largest request body, bytes")] = 8 << 20
     request_timeout_s: Annotated[float, Meta(gt=0, le=1e6, description="a request's deadline, seconds")] = (
         600.0
@@ -75,8 +80,17 @@ class SchedulerSettings(CommonSettings):
     max_num_seqs: Annotated[Count, Meta(description="most rows running at once on an executor")] = 256
     max_num_batched_tokens: Annotated[Count, Meta(description="token budget of a step")] = 2048
     horizon: Annotated[
-        Annotated[int, Meta(ge=1, le=64)], Meta(description="steps a plan lays out ahead (1: lock-step)")
-    ] = 8
+        Annotated[int, Meta(ge=0, le=64)],
+        Meta(description="steps a plan lays out ahead; 0: chosen from the step time, 1: lock-step"),
+    ] = 0
+    enable_prefix_caching: Annotated[bool, Meta(description="reuse the KV blocks of equal prefixes")] = True
+    tenant_weight: Annotated[
+        tuple[Text, ...],
+        Meta(
+            description="share under load of an API key, as KEY=WEIGHT with the first 16 hex digits of its "
+            "sha256; else 1"
+        ),
+    ] = ()
     max_num_queued_reqs: Annotated[Count, Meta(description="most requests waiting before 429")] = 4096
 
 

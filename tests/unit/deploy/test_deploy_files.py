@@ -137,10 +137,8 @@ def test_the_readme_s_flag_table_is_the_structs() -> None:
     assert [flag for flag, *_ in rows] == [option.flag for option in offered]
     for (_, _, default, description), option in zip(rows, offered, strict=True):
         assert option.description in description
-        shown = (
-            "" if option.default in ("", ()) else "off" if option.default is False else f"`{option.default}`"
-        )
-        assert default.strip() == shown
+        shown = "" if option.default in ("", ()) else f"`{option.default}`"
+        assert default.strip() == {"`True`": "on", "`False`": "off"}.get(shown, shown)
 
 
 def test_the_readme_names_every_command_and_real_folders() -> None:

@@ -437,9 +437,7 @@ def test_a_row_starts_after_its_cached_positions(runner: FakeRunner) -> None:
         {"sampling": Sampling(presence_penalty=1.0), "all_ids": pack_ids(range(39))},
     ],
 )
-def test_a_cached_start_that_cannot_be_right_fails_alone(
-    changes: dict[str, Any], runner: FakeRunner
-) -> None:
+def test_a_cached_start_that_cannot_be_right_fails_alone(changes: dict[str, Any], runner: FakeRunner) -> None:
     state = new_state()
     rows = (row(1, **changes), row(2))
     grants = (grant([8, 9, 10]), grant([11, 12, 13], handle=2))

@@ -69,6 +69,8 @@ class ModelExecutor:
     made: list = field(default_factory=list)
     pages: dict = field(default_factory=dict)
     num_step_tokens_seen: int = 0
+    copies: list = field(default_factory=list)
+    cached: list = field(default_factory=list)  # (request id, choice, positions), a row each
 
     def hello(self):
         return Hello(
@@ -117,17 +119,29 @@ class ModelExecutor:
         for start in plan.rows:
             assert start.handle not in self.rows
             tables = [[] for _ in self.pool]
-            self.rows[start.handle] = ModelRow(start, tables, num_generated=start.num_generated)
+            self.rows[start.handle] = ModelRow(
+                start, tables, position=start.num_cached, num_generated=start.num_generated
+            )
+            self.cached.append((start.request_id, start.choice, start.num_cached))
         for grant in unpack_grants(plan):
-            row, blocks = self.rows[grant.handle], list(grant.blocks)
+            row, blocks = self.rows.get(grant.handle), list(grant.blocks)
+            if row is None:
+                continue  # it was preempted after it grew
             table = row.tables[grant.group]
             assert blocks
             assert all(0 <= block < self.pool[grant.group].num_blocks for block in blocks)
             assert grant.offset >= len(table), "a grant replaces an entry"
             table.extend([-1] * (grant.offset - len(table)))
             table.extend(blocks)
-        self._check_no_block_is_shared()
-        self.lease = list(plan.steps)
+        for start in plan.rows:
+            numbers = unpack_ids(start.copies)
+            for group, source, target in zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True):
+                table = self.rows[start.handle].tables[group]
+                assert table.index(target) == start.num_cached // 16
+                self.copies.append((group, source, target))
+        self._check_no_written_block_is_shared()
+        self.lease = [step for step in plan.steps for _ in range(step.num_times)]
+        assert all(step.num_times == 1 or not step.chunks for step in plan.steps)
 
     def _live(self):
         rows = {handle: row for handle, row in self.rows.items() if row.finish is None}
@@ -135,14 +149,18 @@ class ModelExecutor:
             rows |= {row.start.handle: row for row, _ in self.in_flight[1] if row.finish is None}
         return rows.values()
 
-    def _check_no_block_is_shared(self):
-        """No two rows that may still be written hold the same block (below a window nothing is used)."""
+    def _check_no_written_block_is_shared(self):
+        """A block that a row may still write is in nobody else's table (below a window nothing is used)."""
+        rows = list(self._live())
         for g, group in enumerate(self.pool):
-            owners = {}
-            for row in self._live():
+            readers = {}
+            for row in rows:
                 first = 0 if group.window is None else max(0, row.position - group.window + 1) // 16
                 for block in row.tables[g][first:]:
-                    assert block < 0 or owners.setdefault(block, row) is row, f"block {block} in two rows"
+                    readers.setdefault(block, []).append(row)
+            for row in rows:
+                for block in row.tables[g][row.position // 16 :]:
+                    assert block < 0 or readers[block] == [row], f"block {block} in two rows"
 
     def can_launch(self):
         return any(self._inputs(step) for step in self.lease)
@@ -176,15 +194,23 @@ class ModelExecutor:
         while self.lease:
             inputs = self._inputs(self.lease.pop(0))
             if inputs:
+                self._copy_blocks()
                 self.in_flight = (self.plan, inputs, self.epoch)
                 self.num_step_tokens_seen = max(self.num_step_tokens_seen, sum(len(ids) for _, ids in inputs))
                 return True
         return False
 
+    def _copy_blocks(self):
+        for group, source, target in self.copies:
+            for offset in range(16):
+                if (group, source, offset) in self.pages:
+                    self.pages[group, target, offset] = self.pages[group, source, offset]
+        self.copies.clear()
+
     def complete(self):
         """The report of the step in flight, or None where its term is over."""
         plan, inputs, epoch = self.in_flight
-        self._check_no_block_is_shared()
+        self._check_no_written_block_is_shared()
         self.in_flight = None
         handles, computed, counts, ids, finished = [], [], [], [], {}
         for row, row_ids in inputs:

@@ -55,6 +55,7 @@ class Rig:
         self.replies = []
         self.ended = []
         self.num_plans = Counter()
+        self.is_lazy = False  # whether nothing is settled before the core itself needs it
         self.last_repeat = self.last_hello = self.now
         self.core.become_leader(epoch, self.now)
         for executor in executors:
@@ -138,6 +139,8 @@ class Rig:
                     self._reply(message)
                 case Ended():
                     self.ended.append(action)
+        if not self.is_lazy:
+            self.core.settle()
         return sent
 
     def deliver_plan(self, index=0):
@@ -207,17 +210,26 @@ class Rig:
     # -- what must hold -------------------------------------------------------------------------------------
 
     def check_blocks(self):
-        """Free and held blocks are all blocks, and no block is held twice."""
+        """Free, used and cached blocks are all blocks, and every reference is counted."""
         for executor in self.core._executors.values():
+            slots = executor.slots
+            live = [row for row in slots.rows if row is not None]
             for g, pool in enumerate(executor.kv.pools):
-                held = [block for row in executor.rows.values() for block in row.tables.held()[g]]
-                held += [block for entry in executor.returning for block in entry.held[g]]
-                assert len(held) == len(set(held))
-                assert sorted([*held, *pool._free]) == list(range(pool.num_blocks))
-                assert all(pool.count(block) == 1 for block in held)
+                used = Counter(block for row in live for block in slots.held(row.slot)[g].tolist())
+                assert sorted([*used, *pool._free, *pool._cached]) == list(range(pool.num_blocks))
+                assert all(pool.count(block) == num for block, num in used.items())
+                assert set(pool._cached) <= set(pool._digests)
+                assert pool._blocks == {digest: block for block, digest in pool._digests.items()}
             for row in executor.rows.values():
-                for g, size in enumerate(group.block_size for group in executor.kv.groups):
-                    assert row.tables.capacity <= len(row.tables.blocks[g]) * size
+                slot = row.slot
+                assert slots.rows[slot] is row
+                for g, size in enumerate(executor.kv.sizes):
+                    assert slots.capacity[slot] <= slots.num_entries[g, slot] * size
+                    assert len(set(slots.held(slot)[g].tolist())) == len(slots.held(slot)[g])
+            leaving = {entry.row.handle for entry in executor.returning}
+            leaving |= {row.handle for row in executor._ended}
+            assert {row.handle for row in live} == set(executor.rows) | leaving
+            assert executor.slots.top <= executor.slots.num_slots
             sequences = [entry.sequence for entry in executor.returning]
             assert all(a <= b for a, b in pairwise(sequences))
 
@@ -226,6 +238,8 @@ class Rig:
         for executor in self.core._executors.values():
             assert not executor.rows
             assert not executor.returning
+            assert not executor.has_unsettled
+            assert executor.slots.top == 0
             assert all(pool.num_free == pool.num_blocks for pool in executor.kv.pools)
 
     def check_results(self, expected):

@@ -1,34 +1,46 @@
 """Plans as tables: these requests, blocks and limits, these steps."""
 
 from array import array
+from itertools import count
 
+import numpy as np
 import pytest
 
 from pagebus.bus.messages import PoolGroup, unpack_grants, unpack_handles, unpack_ids
-from pagebus.scheduler.planner import Budget, lay_out
-from pagebus.scheduler.requests import Row
-from tests.unit.scheduler.rig import Rig, executor
+from pagebus.scheduler.blocks import KvPool
+from pagebus.scheduler.planner import Budget, choose_horizon, lay_out
+from pagebus.scheduler.requests import Row, read_request
+from pagebus.scheduler.slots import SlotTable
+from tests.unit.scheduler.rig import Rig, executor, generate
 
 
-def row(handle, num_ids, position=0, blocks=100, end=10_000):
-    made = Row.__new__(Row)
-    made.handle, made.num_ids, made.position, made.end_position, made.target = (
-        handle,
-        num_ids,
-        position,
-        end,
-        0,
-    )
-    made.ids = array("i", range(num_ids))
+class Rows:
+    """A slot table with rows as a test wants them; handles count from 1."""
 
-    class _Tables:
-        capacity = blocks * 16
+    def __init__(self, rows):
+        self.slots = SlotTable(KvPool([PoolGroup(num_blocks=8)], 64), 16, 16_384)
+        self.prefilling = []
+        handles = count(1)
+        request, _ = read_request(generate(), "m", 0, {}, 0.0)
+        for fields in rows:
+            made = Row(request, 0, array("i", range(fields["num_ids"])), 0)
+            made.end_position = fields["end"]
+            self.slots.take(made, handles)
+            slot = made.slot
+            self.slots.position[slot] = self.slots.target[slot] = fields["position"]
+            self.slots.end[slot] = fields["end"]
+            self.slots.capacity[slot] = fields["blocks"] * 16
+            if fields["position"] < fields["num_ids"]:
+                self.prefilling.append(made)
 
-    made.tables = _Tables()
-    return made
+    def lay_out(self, *budget):
+        return lay_out(self.slots, self.prefilling, Budget(*budget))
 
 
-D, P = "decode", "prefill"
+def row(_handle, num_ids, position=0, blocks=100, end=10_000):
+    return {"num_ids": num_ids, "position": position, "blocks": blocks, "end": end}
+
+
 CASES = {
     # name: (rows, horizon, tokens a step, [(decode handles, {handle: (start, end)}), ...])
     "decode rows go on for the horizon": (
@@ -71,7 +83,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_layout(name):
     rows, horizon, tokens, expected = CASES[name]
-    steps = lay_out(rows, Budget(horizon, tokens, 1 << 19))
+    steps = [step for step in Rows(rows).lay_out(horizon, tokens, 1 << 19) for _ in range(step.num_times)]
     got = [
         (
             sorted(unpack_handles(step.decode)),
@@ -86,16 +98,28 @@ def test_layout(name):
 
 
 def test_targets_are_where_the_plan_brings_each_row():
-    rows = [row(1, 20), row(2, 5, 7), row(3, 300)]
-    lay_out(rows, Budget(4, 64, 1 << 19))
-    assert [each.target for each in rows] == [23, 11, 43 + 62 + 62 + 62]
+    rows = Rows([row(1, 20), row(2, 5, 7), row(3, 300)])
+    rows.lay_out(4, 64, 1 << 19)
+    assert rows.slots.target[:3].tolist() == [23, 11, 43 + 62 + 62 + 62]
 
 
 def test_a_plan_carries_a_bounded_number_of_ids():
-    rows = [row(1, 1000), row(2, 5, 7)]
-    steps = lay_out(rows, Budget(8, 100, 250))
+    steps = Rows([row(1, 1000), row(2, 5, 7)]).lay_out(8, 100, 250)
     assert sum(chunk.end - chunk.start for step in steps for chunk in step.chunks) == 250
-    assert len(steps) == 8
+    assert sum(step.num_times for step in steps) == 8
+
+
+def test_steps_that_are_alike_are_told_once():
+    steps = Rows([row(1, 5, 7), row(2, 3, 3, end=8)]).lay_out(32, 64, 1 << 19)
+    assert [(list(unpack_handles(step.decode)), step.num_times) for step in steps] == [([1, 2], 5), ([1], 27)]
+
+
+@pytest.mark.parametrize(
+    ("step_s", "horizon"),
+    [(0.0, 8), (0.1, 2), (0.025, 2), (0.008, 3), (0.004, 6), (0.0015, 16), (0.0001, 32)],
+)
+def test_a_lease_covers_the_way_of_a_plan(step_s, horizon):
+    assert choose_horizon(step_s) == horizon
 
 
 def plan_of(rig):
@@ -128,7 +152,7 @@ def test_blocks_of_a_new_row(horizon, length, max_tokens, num_blocks):
     plan = plan_of(rig)
     (start,) = plan.rows
     assert (start.num_ids, start.num_generated, start.max_tokens) == (length, 0, max_tokens)
-    assert [len(grant.blocks) for grant in unpack_grants(plan)] == [num_blocks]
+    assert sum(len(grant.blocks) for grant in unpack_grants(plan)) == num_blocks
     assert not plan.is_snapshot
 
 
@@ -137,8 +161,9 @@ def test_at_most_one_spare_block_a_row_for_sixteen_steps():
     rig.ask("a", list(range(30)), 300)
     for _ in range(200):
         rig.turn()
-        for each in rig.core._executors["e1"].rows.values():
-            assert each.tables.capacity <= max(each.position, each.num_ids) + 16 + 16
+        slots = rig.core._executors["e1"].slots
+        reached = np.maximum(slots.position, slots.num_ids)
+        assert (slots.capacity <= reached + 16 + 16)[: slots.top].all()
 
 
 def test_an_admission_makes_a_plan_at_once_and_repeats_what_is_not_confirmed():
@@ -152,7 +177,7 @@ def test_an_admission_makes_a_plan_at_once_and_repeats_what_is_not_confirmed():
     assert second.sequence == first.sequence + 1
     assert [(chunk.start, chunk.end) for chunk in second.steps[0].chunks] == [(0, 10), (0, 5)]
     assert [start.request_id for start in second.rows] == ["b"]
-    assert len(unpack_grants(second)) == 1
+    assert {grant.handle for grant in unpack_grants(second)} == {2}
 
 
 def test_a_plan_that_is_not_acknowledged_is_sent_again_unchanged():
@@ -170,7 +195,7 @@ def test_head_of_the_queue_is_not_overtaken():
     rig = ready(num_blocks=8)
     rig.ask("long", list(range(80)), 40)
     rig.turn()
-    rig.ask("waits", list(range(60)), 20)
+    rig.ask("waits", list(range(100, 160)), 20)
     rig.ask("small", [1], 2)
     for _ in range(3):
         rig.turn()
@@ -186,15 +211,15 @@ def test_a_cancelled_rows_blocks_wait_for_the_acknowledgement():
     rig.ask("a", list(range(40)), 40)
     rig.turn()
     kv = rig.core._executors["e1"].kv
-    assert kv.num_free < 8
-    free = kv.num_free
+    assert kv.main.num_free < 8
+    free = kv.main.num_free
     rig.cancel("a")
     plan = plan_of(rig)
     assert list(unpack_handles(plan.released)) == [1]
-    assert kv.num_free == free
+    assert kv.main.num_free == free
     rig.turn()
     rig.turn()
-    assert kv.num_free == 8
+    assert kv.main.num_free == 8
 
 
 def test_a_row_that_was_never_sent_frees_its_blocks_at_once():
@@ -202,5 +227,5 @@ def test_a_row_that_was_never_sent_frees_its_blocks_at_once():
     rig.ask("a", list(range(40)), 40)
     rig.core._place_waiting(rig.now)
     rig.cancel("a")
-    assert rig.core._executors["e1"].kv.num_free == 8
+    assert rig.core._executors["e1"].kv.main.num_free == 8
     assert rig.plan() == []

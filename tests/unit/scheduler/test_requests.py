@@ -147,8 +147,9 @@ def test_a_cancel_that_overtakes_its_generate():
 def test_a_cancel_of_a_choice_that_overtakes_its_generate():
     rig = ready()
     rig.core.on_cancel(Cancel(request_id="a", attempt=1, choices=(1,)), rig.now)
-    rig.ask("a", [1, 2], 4, num_choices=3)
-    rig.turn()
+    rig.ask("a", [1, 2], 40, num_choices=3)
+    for _ in range(4):
+        rig.turn()
     assert {row.start.choice for row in rig.executors["e0"].rows.values()} == {0, 2}
 
 

@@ -66,8 +66,8 @@ def test_windowed_groups_free_what_they_cannot_see(window, num_window_blocks):
     for _ in range(200):
         rig.turn()
         rig.check_blocks()
-        rows = next(iter(rig.core._executors.values())).rows.values()
-        most = max([most, *(len(row.tables.held()[1]) for row in rows)])
+        slots = next(iter(rig.core._executors.values())).slots
+        most = max([most, *(len(slots.held(slot)[1]) for slot in range(slots.top))])
     assert most <= (window + 48) // 16 + 3
     rig.run()
     rig.check_results(lambda request_id: expected_ids(prompt_of(int(request_id[1:]), 90), 100))

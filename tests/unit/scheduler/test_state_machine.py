@@ -19,8 +19,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_executors=st.sampled_from([1, 1, 2]),
         max_tokens_a_step=st.sampled_from([3, 17, 64]),
         max_num_seqs=st.sampled_from([2, 5, 256]),
+        patience_s=st.sampled_from([0.03, 5.0]),
+        is_caching=st.sampled_from([True, True, False]),
+        is_lazy=st.booleans(),
     )
-    def start(self, horizon, num_blocks, window, num_executors, max_tokens_a_step, max_num_seqs):
+    def start(
+        self,
+        horizon,
+        num_blocks,
+        window,
+        num_executors,
+        max_tokens_a_step,
+        max_num_seqs,
+        patience_s,
+        is_caching,
+        is_lazy,
+    ):
         pool = (PoolGroup(num_blocks=num_blocks),)
         if window:
             pool += (PoolGroup(num_blocks=max(4, num_blocks - 2), window=window),)
@@ -29,18 +43,29 @@ class SchedulerMachine(RuleBasedStateMachine):
             horizon=horizon,
             max_num_batched_tokens=max_tokens_a_step,
             max_num_seqs=max_num_seqs,
+            patience_s=patience_s,
+            enable_prefix_caching=is_caching,
+            tenant_weights={"b": 3.0},
         )
+        self.rig.is_lazy = is_lazy
         self.longest = num_blocks * 16
         self.num = 0
 
     # -- requesters ----------------------------------------------------------------------------------------
 
-    @rule(length=st.integers(1, 60), max_tokens=st.integers(1, 60), num_choices=st.sampled_from([1, 1, 1, 3]))
-    def ask(self, length, max_tokens, num_choices):
+    @rule(
+        length=st.integers(1, 60),
+        num_common=st.integers(0, 60),
+        max_tokens=st.integers(1, 60),
+        num_choices=st.sampled_from([1, 1, 1, 3]),
+        priority=st.sampled_from([0, 0, 0, 1, -1]),
+        tenant=st.sampled_from(["", "", "b"]),
+    )
+    def ask(self, length, num_common, max_tokens, num_choices, priority, tenant):
         if len(self.rig.attempts) - len(self.rig.ends) < 8:
             self.num += 1
-            prompt = [self.num * 1000 + i for i in range(length)]
-            self.rig.ask(f"r{self.num}", prompt, max_tokens, num_choices)
+            prompt = [i if i < num_common else self.num * 1000 + i for i in range(length)]
+            self.rig.ask(f"r{self.num}", prompt, max_tokens, num_choices, priority=priority, tenant=tenant)
 
     @rule(pick=st.integers(0, 100))
     def cancel(self, pick):

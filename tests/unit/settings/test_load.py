@@ -96,7 +96,7 @@ def test_an_empty_variable_is_not_set() -> None:
         (["--port", "70000"], ["--port", "'70000'"]),
         (["--port", "-1"], ["--port"]),
         (["--port"], ["--port"]),
-        (["--horizon", "0"], ["--horizon", "'0'", "1 to 64"]),
+        (["--horizon", "-1"], ["--horizon", "'-1'", "0 to 64"]),
         (["--dtype", "int8"], ["--dtype", "'int8'", "bfloat16"]),
         (["--block-size", "32"], ["--block-size", "'32'", "16"]),
         (["--gpu-memory-utilization", "nan"], ["--gpu-memory-utilization", "'nan'"]),

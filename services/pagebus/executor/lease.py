@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from pagebus.bus.messages import DecodeError, Grant, Plan, PoolGroup, StepDone, pack_handles
 from pagebus.executor.batch import BlockCopy, RowInput, RowOutput
-from pagebus.executor.parsed import ParsedStart, ParsedStep, parse
+from pagebus.executor.parsed import ParsedChunk, ParsedStart, ParsedStep, joined_chunks, parse
 from pagebus.executor.reports import Report, RowFailure, RowResult, make_report
 from pagebus.executor.rows import Row, flaw_of
 
@@ -70,6 +70,7 @@ class PlanState:
         self._num_steps = 0
         self._rows: dict[int, Row] = {}
         self._lease: deque[ParsedStep] = deque()
+        self._prompts: dict[int, ParsedChunk] = {}  # all that the lease brings of a row, by handle
         self._copies: list[BlockCopy] = []  # before the next step
         self._in_flight: LaunchedStep | None = None
         self._failures: list[RowFailure] = []
@@ -150,6 +151,7 @@ class PlanState:
         for step in parsed.steps:
             self._check_chunks(step)
         self._lease = deque(parsed.steps)
+        self._prompts = joined_chunks(parsed.steps)
         return Outcome.TAKEN
 
     def _enter_epoch(self, epoch: int) -> None:
@@ -239,7 +241,7 @@ class PlanState:
             if chunk.start > row.position:
                 self._needs_snapshot = True
                 continue
-            row_input = row.prefill_input(chunk)
+            row_input = row.prefill_input(chunk, self._prompts[chunk.handle])
             if row_input is not None:
                 taken.add(chunk.handle)
                 launched.rows.append(row)

@@ -1,6 +1,7 @@
 """A `Plan` with all its packed arrays unpacked, before anything of it is applied."""
 
 from array import array
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from pagebus.bus.messages import (
@@ -87,3 +88,17 @@ def _parse_start(start: RowStart) -> ParsedStart:
         unpack_ids(start.all_ids),
         tuple(BlockCopy(*numbers[at : at + 3]) for at in range(0, len(numbers), 3)),
     )
+
+
+def joined_chunks(steps: Iterable[ParsedStep]) -> dict[int, ParsedChunk]:
+    """By handle, the chunks of all steps as one, as far as there is no gap between them."""
+    joined: dict[int, ParsedChunk] = {}
+    for step in steps:
+        for chunk in step.chunks:
+            known = joined.get(chunk.handle)
+            if known is None:
+                joined[chunk.handle] = chunk
+            elif known.start <= chunk.start <= known.end < chunk.end:
+                ids = known.ids + chunk.ids[known.end - chunk.start :]
+                joined[chunk.handle] = known._replace(end=chunk.end, ids=ids)
+    return joined

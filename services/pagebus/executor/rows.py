@@ -98,12 +98,22 @@ class Row:
                 return False
         return True
 
-    def prefill_input(self, chunk: ParsedChunk) -> RowInput | None:
-        """The part of `chunk` not computed yet, or None. It must not start beyond the row's position."""
-        if self.is_over or chunk.end <= self.position or not self.has_slots(chunk.end):
+    def prefill_input(self, chunk: ParsedChunk, prompt: ParsedChunk) -> RowInput | None:
+        """As many positions as `chunk` has, from the row's own position on, or None.
+
+        `prompt` is all that the lease brings of the row. A chunk that was computed before the plan came is so
+        made up for by the next one. The chunk must not start beyond the row's position.
+        """
+        if self.is_over:
             return None
-        ids = chunk.ids[self.position - chunk.start :] if chunk.start < self.position else chunk.ids
-        return self._input(ids, is_sampled=chunk.end == self.start.num_ids)
+        end = min(self.position + chunk.end - chunk.start, prompt.end)
+        if end <= self.position or not self.has_slots(end):
+            end = chunk.end
+            if end <= self.position or not self.has_slots(end):
+                return None
+        source = prompt if end <= prompt.end else chunk
+        ids = source.ids[self.position - source.start : end - source.start]
+        return self._input(ids, is_sampled=end == self.start.num_ids)
 
     def decode_input(self) -> RowInput | None:
         """The row's last id as the next position, or None where the row cannot decode now."""

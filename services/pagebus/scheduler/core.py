@@ -306,7 +306,10 @@ class SchedulerCore:
             victims = [
                 rows
                 for rows in placing.by_loss(executor, now_s, patience_s)
-                if rows[0].request.priority > row.request.priority
+                if (
+                    rows[0].request.priority > row.request.priority
+                    and not any(placing.is_protected(executor, each, now_s, patience_s) for each in rows)
+                )
                 or (
                     is_starving
                     and all(placing.has_had_its_turn(executor, each, now_s, patience_s) for each in rows)

@@ -65,8 +65,8 @@ def _victims(executor: ExecutorState, stalled: list[Row], now_s: float, quantum_
 def by_loss(executor: ExecutorState, now_s: float, quantum_s: float) -> list[list[Row]]:
     """Running requests, the first to be preempted first: worst priority, least to compute again, latest.
 
-    Who was preempted before and came back a moment ago goes after the others, or it would never get on. The
-    request with the best rank is last, whatever it would lose, one choice after the other: its first one
+    Who was preempted before and has not had its turn since goes after the others, or it would never get on.
+    The request with the best rank is last, whatever it would lose, one choice after the other: its first one
     always gets on.
     """
     requests: dict[str, list[Row]] = {}
@@ -74,13 +74,11 @@ def by_loss(executor: ExecutorState, now_s: float, quantum_s: float) -> list[lis
         requests.setdefault(row.request.request_id, []).append(row)
     groups = sorted(requests.values(), key=lambda rows: min(map(_rank, rows)))
 
-    def key(rows: list[Row]) -> tuple[int, bool, int, float]:
+    def key(rows: list[Row]) -> tuple[bool, int, int, float]:
         request = rows[0].request
-        is_fresh = any(
-            row.num_preemptions and not has_had_its_turn(executor, row, now_s, quantum_s) for row in rows
-        )
+        is_fresh = any(is_protected(executor, row, now_s, quantum_s) for row in rows)
         loss = sum(int(executor.slots.position[row.slot]) for row in rows)
-        return (-request.priority, is_fresh, loss, -request.arrival_s)
+        return (is_fresh, -request.priority, loss, -request.arrival_s)
 
     return sorted(groups[1:], key=key) + [
         [row] for rows in groups[:1] for row in sorted(rows, key=_rank, reverse=True)
@@ -91,6 +89,11 @@ def has_had_its_turn(executor: ExecutorState, row: Row, now_s: float, quantum_s:
     """Whether a running row has had its time since it was placed, and got on by a block of ids."""
     made = int(executor.slots.position[row.slot]) - row.num_ids
     return now_s - row.placed_s >= quantum_s and made >= executor.kv.sizes[0]
+
+
+def is_protected(executor: ExecutorState, row: Row, now_s: float, quantum_s: float) -> bool:
+    """Whether a running row was preempted before, came back, and has not had its turn since."""
+    return row.num_preemptions > 0 and not has_had_its_turn(executor, row, now_s, quantum_s)
 
 
 def _num_missing(executor: ExecutorState, row: Row) -> Ints:

@@ -216,9 +216,10 @@ class Plan(Message, frozen=True, kw_only=True):
     (the others keep the executor's own position); `released` handles are dropped;
     new `rows` are added (a handle that exists is left as it is); `grants` are written into the tables;
     blocks are copied for new rows;
-    `steps` become the lease. In a step the executor skips: chunk positions below its own, rows that
-    finished or are unknown, rows whose prefill is not complete (decode), rows whose table has no slot
-    for the next position.
+    `steps` become the lease. In a step the executor skips rows that finished or are unknown, rows whose
+    prefill is not complete (decode), rows whose table has no slot for the next position. A chunk of n
+    positions lets the row compute n positions from its own on, as far as the lease brings their ids:
+    positions below its own are never computed again.
 
     `sequence` rises by one a plan within an epoch, from 1. A gap makes the executor say `Hello`. Every
     plan is acknowledged by the next `StepDone`, at once when the executor is idle; one that is not

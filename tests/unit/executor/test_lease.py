@@ -482,3 +482,24 @@ def test_log_probabilities_reach_the_requester(runner: FakeRunner) -> None:
     tokens = report.tokens["pagebus.out.g"]
     assert tokens.rows[0].logprobs == of_id
     assert [(told.start, told.logprobs) for told in tokens.prompts] == [(1, of_prompt)]
+
+
+def test_a_chunk_computed_already_is_made_up_for_by_the_next(runner: FakeRunner) -> None:
+    """A plan written without knowledge of a step wastes no step: each computes as many positions as planned."""
+    state = new_state()
+    chunks = [Step(chunks=(chunk(at, at + 8),)) for at in range(0, 40, 8)]
+    state.take_plan(plan(1, *chunks, rows=(row(),), grants=(grant([5, 6, 7]),)))
+    for _ in range(2):
+        step = state.next_step()
+        assert step is not None
+        state.complete(step, runner.step(step.inputs), 0.001)
+    assert state.take_plan(plan(2, *chunks, decode(1))) is Outcome.TAKEN
+    spans = []
+    reports = []
+    while (step := state.next_step()) is not None:
+        spans.append((step.inputs[0].start, step.inputs[0].start + len(step.inputs[0].ids)))
+        report = state.complete(step, runner.step(step.inputs), 0.001)
+        assert report is not None
+        reports.append(report)
+    assert spans == [(16, 24), (24, 32), (32, 40), (40, 41)]
+    assert made(reports) == fake_sequence(PROMPT, 2)

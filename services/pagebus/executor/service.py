@@ -189,6 +189,8 @@ class _Service:
     # -- from the bus ------------------------------------------------------------------------------------
 
     def _on_plan(self, msg: Msg) -> None:
+        if not msg.data:
+            return  # a probe: that it could be delivered is the answer
         try:
             plan = decode(msg.data)
         except DecodeError as error:

@@ -22,6 +22,12 @@ class SendReply(NamedTuple):
     message: Accepted | Rejected | Failed | Tokens
 
 
+class Probe(NamedTuple):
+    """Find out whether anybody listens for this executor's plans; `on_no_responders` if nobody does."""
+
+    executor: str
+
+
 class Ended(NamedTuple):
     """One attempt ended. All times are the core's monotonic seconds; None where it never came so far."""
 
@@ -40,4 +46,4 @@ class Ended(NamedTuple):
     headers: Mapping[str, str]  # trace context of the Generate
 
 
-Action = SendPlan | SendReply | Ended
+Action = SendPlan | SendReply | Probe | Ended

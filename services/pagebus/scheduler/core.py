@@ -13,16 +13,15 @@ import numpy as np
 
 from pagebus.bus import subjects
 from pagebus.bus.messages import Cancel, DecodeError, Generate, Hello, StepDone, unpack_handles
-from pagebus.scheduler import placing
-from pagebus.scheduler.actions import Action, SendPlan
+from pagebus.scheduler import placing, watching
+from pagebus.scheduler.actions import Action, Probe, SendPlan
 from pagebus.scheduler.blocks import KvPool
 from pagebus.scheduler.book import CoreConfig, RequestBook
 from pagebus.scheduler.executors import MAX_UNACKNOWLEDGED, ExecutorState, ReportError
 from pagebus.scheduler.planner import Budget, choose_horizon, lay_out
 from pagebus.scheduler.requests import Row, RowState
+from pagebus.scheduler.watching import Verdict
 
-SILENCE_S = 3.0
-"""An executor that was not heard for so long is given up."""
 FORGET_S = 600.0
 UPKEEP_INTERVAL_S = 1.0
 MAX_PLAN_IDS = 1 << 19
@@ -125,7 +124,7 @@ class SchedulerCore:
         if executor.is_lost:
             self._meet(hello, executor, now_s)
             return
-        executor.heard_s = now_s
+        executor.hear(now_s)
         if hello.epoch != self.epoch:
             has_lost_state = executor.acknowledged_before > 0
         else:
@@ -174,7 +173,7 @@ class SchedulerCore:
         executor = self._executors.get(done.executor)
         if self.epoch == 0 or executor is None or executor.is_lost or done.epoch != self.epoch:
             return
-        executor.heard_s = now_s
+        executor.hear(now_s)
         is_bare = not done.handles
         num_expected = executor.num_steps + (0 if is_bare else 1)
         if done.num_steps > num_expected:
@@ -186,6 +185,7 @@ class SchedulerCore:
         executor.renew_due()
 
     def _take_report(self, executor: ExecutorState, done: StepDone, now_s: float) -> None:
+        executor.progress_s = now_s
         try:
             completed = executor.take_report(done, now_s)
         except ReportError as error:
@@ -244,14 +244,34 @@ class SchedulerCore:
         self.settle()
         self._book.end_overdue(now_s)
         for executor in list(self._executors.values()):
-            silent_s = now_s - executor.heard_s
-            if executor.is_lost and silent_s > FORGET_S:
+            if not executor.is_lost:
+                self._watch(executor, now_s)
+            elif now_s - executor.heard_s > FORGET_S:
                 del self._executors[executor.name]
-            elif not executor.is_lost and silent_s > SILENCE_S:
-                self._give_up(executor, f"executor {executor.name} was silent for {silent_s:.1f} s", now_s)
         if now_s - self._upkeep_s >= UPKEEP_INTERVAL_S:
             self._upkeep_s = now_s
             self._upkeep(now_s)
+
+    def _watch(self, executor: ExecutorState, now_s: float) -> None:
+        match watching.watch(executor, self._config.max_num_batched_tokens, now_s):
+            case Verdict.SILENT:
+                silent_s = now_s - executor.heard_s
+                self._give_up(executor, f"executor {executor.name} was silent for {silent_s:.1f} s", now_s)
+            case Verdict.STUCK:
+                stuck_s = now_s - executor.progress_s
+                why = f"executor {executor.name} has work and did none for {stuck_s:.1f} s"
+                self._give_up(executor, why, now_s)
+            case Verdict.PROBE:
+                self._book.out.append(Probe(executor.name))
+
+    def on_no_responders(self, name: str, now_s: float) -> None:
+        """A probe found nobody listening for its plans. Twice, and nothing heard since: it is gone."""
+        executor = self._executors.get(name)
+        if self.epoch == 0 or executor is None or executor.is_lost:
+            return
+        executor.num_no_responders += 1
+        if executor.num_no_responders >= watching.MAX_NO_RESPONDERS:
+            self._give_up(executor, f"executor {name} is gone from the bus", now_s)
 
     def _upkeep(self, now_s: float) -> None:
         self._book.keep_up(now_s)

@@ -64,6 +64,9 @@ class ExecutorState:
         """Longest sequence in tokens by the model and the setting; `max_len`: by the pool too."""
         self.max_len = full_len if kv.num_positions is None else min(full_len, kv.num_positions)
         self.heard_s = now_s
+        self.progress_s = now_s  # newest report of a step, or when it began to owe one
+        self.probed_s = now_s
+        self.num_no_responders = 0  # since it was heard
         self.sequence = 0  # of the newest plan
         self.acknowledged = 0  # newest plan that the executor took
         self.acknowledged_before = 0  # the same as it was a second or more ago
@@ -103,6 +106,17 @@ class ExecutorState:
     def pool(self) -> tuple[PoolGroup, ...]:
         """The KV groups, as the executor told them."""
         return self._pool
+
+    def hear(self, now_s: float) -> None:
+        """It lives."""
+        self.heard_s = now_s
+        self.num_no_responders = 0
+
+    @property
+    def owes(self) -> bool:
+        """Whether it has a plan to acknowledge or steps to do."""
+        top = self.slots.top
+        return bool(self.unacknowledged) or bool((self.slots.position[:top] < self.slots.target[:top]).any())
 
     @property
     def is_ready(self) -> bool:

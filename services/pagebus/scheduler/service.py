@@ -24,8 +24,8 @@ from pagebus.bus.messages import (
     decode,
     encode,
 )
-from pagebus.bus.protocol import Bus, BusError, Msg, Subscription
-from pagebus.scheduler.actions import Action, Ended, SendPlan, SendReply
+from pagebus.bus.protocol import Bus, BusError, Msg, NoRespondersError, Subscription
+from pagebus.scheduler.actions import Action, Ended, Probe, SendPlan, SendReply
 from pagebus.scheduler.book import CoreConfig
 from pagebus.scheduler.core import SchedulerCore
 from pagebus.scheduler.leadership import Leadership
@@ -38,6 +38,7 @@ _Result = TypeVar("_Result")
 HEARTBEAT_INTERVAL_S = 0.5
 TICK_INTERVAL_S = 0.05
 PAUSE_S = 0.5
+PROBE_TIMEOUT_S = 1.0
 MAX_INBOX = 100_000
 COUNTERS_INTERVAL_S = 30.0
 
@@ -101,6 +102,7 @@ class SchedulerService:
         self._leadership = Leadership(bus, self._model, name)
         self._inbox: deque[Msg] = deque()
         self._has_mail = asyncio.Event()
+        self._probes: set[asyncio.Task[None]] = set()
         self._counters: Counter[str] = Counter()
         self._counted: Counter[str] = Counter()
         self._has_reconnected = False
@@ -120,9 +122,9 @@ class SchedulerService:
                 await self._turn()
         finally:
             self._leadership.close()
-            for task in tasks:
+            for task in (*tasks, *self._probes):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, *self._probes, return_exceptions=True)
             for subscription in subscriptions:
                 with contextlib.suppress(BusError):
                     await subscription.unsubscribe()
@@ -241,8 +243,22 @@ class SchedulerService:
                     await self._publish(subjects.plan(executor), encode(plan))
                 case SendReply(subject, message):
                     await self._publish(subject, encode(message))
+                case Probe(executor):
+                    task = asyncio.create_task(self._probe(executor))
+                    self._probes.add(task)
+                    task.add_done_callback(self._probes.discard)
                 case Ended():
                     self._tell_ended(action)
+
+    async def _probe(self, executor: str) -> None:
+        """An empty plan, which an executor drops: whether anybody is there to do that."""
+        try:
+            await self._bus.request(subjects.plan(executor), b"", timeout_s=PROBE_TIMEOUT_S)
+        except NoRespondersError:
+            self._core.on_no_responders(executor, time.monotonic())
+            self._has_mail.set()
+        except BusError:
+            pass  # nobody answers a probe: silence says nothing
 
     async def _publish(self, subject: str, data: bytes) -> None:
         # What is lost here comes again: plans after 0.2 s, requests by their requesters.

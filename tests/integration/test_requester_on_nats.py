@@ -2,7 +2,7 @@
 
 import asyncio
 
-from pagebus.bus.messages import Heartbeat, encode
+from pagebus.bus.messages import Heartbeat, Sampling, encode
 from pagebus.bus.nats_bus import NatsBus
 from pagebus.bus.subjects import heartbeat, plan
 from pagebus.cli.nats_server import EmbeddedNats
@@ -11,10 +11,17 @@ from pagebus.requester.events import Event, RequestSpec
 from tests.support.fake_server import MODEL, FakeServer, assert_whole
 from tests.support.nats import connected, eventually, running_server
 
+PROMPT = list(range(1, 41))
+
 
 async def collect(requester: Requester, name: str, max_tokens: int) -> list[Event]:
     spec = RequestSpec(
-        request_id=name, prompt=[1, 2, 3], max_tokens=max_tokens, num_choices=2, timeout_s=60.0
+        request_id=name,
+        prompt=PROMPT,
+        max_tokens=max_tokens,
+        num_choices=2,
+        sampling=Sampling(num_logprobs=3, num_prompt_logprobs=2),
+        timeout_s=60.0,
     )
     return [event async for event in requester.generate(spec)]
 
@@ -31,7 +38,7 @@ async def run_streams(server: EmbeddedNats, scheduler: NatsBus, gateway: NatsBus
         await server.restart()
         await eventually(lambda: scheduler.is_connected and gateway.is_connected)
     for number, events in enumerate(await asyncio.wait_for(asyncio.gather(*streams), 50)):
-        assert_whole(events, f"r{number}", 2, 100)
+        assert_whole(events, f"r{number}", 2, 100, num_logprobs=3, num_prompt_logprobs=2, prompt=PROMPT)
     assert requester.num_live == 0
     assert requester.counters["asked"] == 32
     assert (requester.counters["asked_again"] > 0) is (num_kills > 0)

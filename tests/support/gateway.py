@@ -17,8 +17,9 @@ from pagebus.gateway.context import GatewayContext
 from pagebus.gateway.server import listen, make_context, serve
 from pagebus.gateway.tokenizer import Tokenizer as GatewayTokenizer
 from pagebus.gateway.tracing import Telemetry
-from pagebus.requester.events import Event, NewTokens, RequestFailed, RequestSpec
+from pagebus.requester.events import Event, NewTokens, PromptLogprobs, RequestFailed, RequestSpec
 from pagebus.settings.structs import GatewaySettings
+from tests.support.logprobs import made_up_all
 
 MODEL = "org/tiny"
 EOS = 256
@@ -72,6 +73,8 @@ class Submitted:
     is_cancelled: bool = False
     ended_choices: list[int] = field(default_factory=list)
     made: dict[int, int] = field(default_factory=dict)
+    num_cached_tokens: int | None = None
+    is_prompt_told: bool = False
 
     def end_choice(self, choice: int) -> None:
         self.ended_choices.append(choice)
@@ -80,12 +83,26 @@ class Submitted:
         self.is_cancelled = True
 
     def tokens(self, new: Sequence[int], *, choice: int = 0, finish: str | None = None) -> None:
-        """Deliver ids, as the requester would."""
+        """Deliver ids, as the requester would, with log-probabilities (`made_up`) where these are asked
+        for."""
         if self.is_cancelled or choice in self.ended_choices:
             return
         index = self.made.get(choice, 0)
         self.made[choice] = index + len(new)
-        self.on_event(NewTokens(choice, index, list(new), finish))
+        self.tell_prompt()
+        num_top = self.spec.sampling.num_logprobs
+        told = None if num_top is None else made_up_all(new, index, num_top, VOCAB_SIZE)
+        self.on_event(NewTokens(choice, index, list(new), finish, told))
+
+    def tell_prompt(self, size: int = 3) -> None:
+        """Deliver the prompt's log-probabilities, `size` positions at a time, if they are asked for."""
+        num_top, prompt = self.spec.sampling.num_prompt_logprobs, list(self.spec.prompt)
+        if self.is_prompt_told or num_top is None:
+            return
+        self.is_prompt_told = True
+        for start in range(1, len(prompt), size):
+            told = made_up_all(prompt[start : start + size], start, num_top, VOCAB_SIZE)
+            self.on_event(PromptLogprobs(start, told))
 
     def fail(self, code: str, message: str, **fields) -> None:
         self.on_event(RequestFailed(code, message, **fields))

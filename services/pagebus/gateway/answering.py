@@ -1,63 +1,41 @@
-"""Answers a parsed request as a stream or as a whole: starts its generations, collects or forwards text.
+"""Answers a parsed request as a stream or as a whole: starts its generations, hands their events to what
+collects (`whole_answer.py`) or forwards (`stream_answer.py`) them.
 
-It knows neither the request's fields nor the answer's shape: a `Job` brings the one, its `Shape` the other.
+It knows neither the request's fields nor the answer's shape: a `Job` brings the one, its shape the other.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
+import msgspec
+
+from pagebus.gateway.answer_types import UsageBody, usage_body
 from pagebus.gateway.context import GatewayContext
 from pagebus.gateway.errors import ApiError, from_failure
-from pagebus.gateway.generation import (
-    Finished,
-    Generation,
-    GenerationEvent,
-    GenerationRequest,
-    TextEvent,
-    Usage,
-)
+from pagebus.gateway.generation import Generation
+from pagebus.gateway.generation_events import Finished, GenerationEvent, PromptEvent, TextEvent, Usage
+from pagebus.gateway.jobs import Job
 from pagebus.gateway.limits import ClientGoneError, Receive, Scope, Send
-from pagebus.gateway.openai_types import UsageBody, usage_body
 from pagebus.gateway.responder import send_bytes, watching
-from pagebus.gateway.sse import DONE, ChunkTemplate, SseStream, error_event
-from pagebus.gateway.tracing import NO_TRACE, RequestTrace
+from pagebus.gateway.sse import DONE, SseStream, error_event
+from pagebus.gateway.stream_answer import StreamAnswer
+from pagebus.gateway.tracing import NO_TRACE
+from pagebus.gateway.whole_answer import WholeAnswer
 
 ABORT = "pagebus.abort"
 """Key in the ASGI scope's extensions: a callable that drops the connection at once."""
 
 
-class Shape(Protocol):
-    """Makes the bodies of one kind of answer. `texts` and `reasons` are by choice."""
+class _Answer(Protocol):
+    """What takes the events of a job's generations, choices and prompts numbered through."""
 
-    is_chat: ClassVar[bool]
+    def on_prompt(self, prompt: int, event: PromptEvent) -> None:
+        """Log-probabilities of a prompt."""
 
-    def chunks(self, has_usage: bool) -> ChunkTemplate:
-        """The template of a stream's chunks."""
-
-    def whole(self, texts: Sequence[str], reasons: Sequence[str], usage: UsageBody) -> bytes:
-        """The body of an answer that is not streamed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One HTTP request: one or more prompts with equally many choices each, and how to answer."""
-
-    requests: Sequence[GenerationRequest]
-    shape: Shape
-    is_stream: bool
-    has_usage_chunk: bool = False
-    has_usage_everywhere: bool = False
-    prefixes: Sequence[str] = ()  # by choice: echoed text before what is generated
-    is_echo_only: bool = False  # nothing is generated: max_tokens is 0
-    trace: RequestTrace = field(default=NO_TRACE)
-
-    @property
-    def num_choices(self) -> int:
-        """Choices of all prompts together."""
-        return sum(request.num_choices for request in self.requests)
+    def on_text(self, event: TextEvent) -> None:
+        """News of a choice."""
 
 
 class _Run:
@@ -79,22 +57,22 @@ class _Run:
     @property
     def usage_now(self) -> UsageBody:
         """Counts so far, of all prompts."""
-        num_generated = sum(item.usage.num_generated_tokens for item in self._generations)
-        return usage_body(Usage(self.usage.num_prompt_tokens, num_generated))
+        usages = [item.usage for item in self._generations]
+        num_generated = 0 if self._job.is_echo_only else sum(item.num_generated_tokens for item in usages)
+        num_cached = sum(item.num_cached_tokens for item in usages)
+        return usage_body(Usage(self.usage.num_prompt_tokens, num_generated, num_cached))
 
-    def start(self, on_text: Callable[[TextEvent], None], on_over: Callable[[], None]) -> None:
+    def start(self, answer: _Answer, on_over: Callable[[], None]) -> None:
         """Submit everything; raises `ApiError`, and then nothing runs."""
-        if self._job.is_echo_only:
+        if not self._job.needs_run:
             self._num_open = 0
             on_over()
             return
-        offset = 0
         try:
-            for request in self._job.requests:
-                handler = self._handler(offset, on_text, on_over)
-                trace = self._job.trace if offset == 0 else NO_TRACE
+            for index, request in enumerate(self._job.requests):
+                handler = self._handler(index, answer, on_over)
+                trace = self._job.trace if index == 0 else NO_TRACE
                 self._generations.append(self._context.generations.start(request, handler, trace))
-                offset += request.num_choices
         except ApiError:
             self.cancel()
             raise
@@ -105,18 +83,20 @@ class _Run:
             generation.cancel()
 
     def _handler(
-        self, offset: int, on_text: Callable[[TextEvent], None], on_over: Callable[[], None]
+        self, prompt: int, answer: _Answer, on_over: Callable[[], None]
     ) -> Callable[[GenerationEvent], None]:
+        offset = prompt * self._job.num_choices_each
+
         def take(event: GenerationEvent) -> None:
             if self.is_over:
                 return
             match event:
                 case TextEvent():
                     if offset:
-                        event = TextEvent(
-                            event.choice + offset, event.index, event.ids, event.text, event.finish_reason
-                        )
-                    on_text(event)
+                        event = msgspec.structs.replace(event, choice=event.choice + offset)
+                    answer.on_text(event)
+                case PromptEvent():
+                    answer.on_prompt(prompt, event)
                 case Finished():
                     self._num_open -= 1
                     if self._num_open == 0:
@@ -143,15 +123,9 @@ async def answer(context: GatewayContext, job: Job, scope: Scope, receive: Recei
 
 
 async def _whole(job: Job, run: _Run, receive: Receive, send: Send) -> None:
-    texts = [[prefix] for prefix in job.prefixes] or [[""] for _ in range(job.num_choices)]
-    reasons = ["length"] * job.num_choices
+    whole = WholeAnswer(job)
     over = asyncio.Event()
     is_gone = False
-
-    def on_text(event: TextEvent) -> None:
-        texts[event.choice].append(event.text)
-        if event.finish_reason is not None:
-            reasons[event.choice] = event.finish_reason
 
     def on_gone() -> None:
         nonlocal is_gone
@@ -160,13 +134,13 @@ async def _whole(job: Job, run: _Run, receive: Receive, send: Send) -> None:
         over.set()
 
     async with watching(receive, on_gone):
-        run.start(on_text, over.set)
+        run.start(whole, over.set)
         await over.wait()
     if run.failure is not None:
         raise run.failure
     if is_gone:
         raise ClientGoneError
-    await send_bytes(send, 200, job.shape.whole(["".join(parts) for parts in texts], reasons, run.usage_now))
+    await send_bytes(send, 200, job.shape.whole(whole.choices, run.usage_now))
 
 
 async def _stream(
@@ -174,25 +148,15 @@ async def _stream(
 ) -> None:
     extensions = scope.get("extensions") or {}
     stream = SseStream(send, extensions.get(ABORT))
-    template = job.shape.chunks(job.has_usage_chunk)
     first = asyncio.Event()
-
-    def usage() -> UsageBody | None:
-        return run.usage_now if job.has_usage_everywhere else None
-
-    def on_text(event: TextEvent) -> None:
-        if event.text:
-            stream.write(template.text(event.choice, event.text, usage()))
-        if event.finish_reason is not None:
-            stream.write(template.finish(event.choice, event.finish_reason, usage()))
-        first.set()
+    answer = StreamAnswer(job, stream.write, lambda: run.usage_now, first.set)
 
     def on_over() -> None:
         if run.failure is not None:
             stream.write(error_event(run.failure.body))
         else:
             if job.has_usage_chunk:
-                stream.write(template.usage(run.usage_now))
+                stream.write(answer.template.usage(run.usage_now))
             stream.write(DONE)
         stream.finish()
         first.set()
@@ -202,15 +166,9 @@ async def _stream(
         stream.leave()
         first.set()
 
-    for choice in range(job.num_choices):
-        if job.shape.is_chat:
-            stream.write(template.role(choice, usage()))
-        if job.prefixes:
-            stream.write(template.text(choice, job.prefixes[choice], usage()))
-        if job.is_echo_only:
-            stream.write(template.finish(choice, "length", usage()))
+    answer.open()
     async with watching(receive, on_gone):
-        run.start(on_text, on_over)
+        run.start(answer, on_over)
         # What is refused gets a real status; what waits long in a queue gets its stream, and comments.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(first.wait(), context.clock.keep_alive_interval_s)

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from pagebus.gateway.answer_types import ChatCompletion, Completion, ModelCard, ModelList
 from pagebus.gateway.boundary import Boundary
 from pagebus.gateway.chat import ChatEndpoint
 from pagebus.gateway.completions import CompletionEndpoint
@@ -21,14 +22,7 @@ from pagebus.gateway.errors import ApiError, ErrorResponse
 from pagebus.gateway.health import HealthEndpoint, Readiness, ReadyEndpoint, Version, VersionEndpoint
 from pagebus.gateway.metrics import MetricsEndpoint
 from pagebus.gateway.models_route import ModelsEndpoint
-from pagebus.gateway.openai_types import (
-    ChatCompletion,
-    ChatRequest,
-    Completion,
-    CompletionRequest,
-    ModelCard,
-    ModelList,
-)
+from pagebus.gateway.openai_types import ChatRequest, CompletionRequest
 
 _REFERENCE = "#/components/schemas/{name}"
 

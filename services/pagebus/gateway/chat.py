@@ -5,22 +5,20 @@ from collections.abc import Sequence
 
 import msgspec
 
-from pagebus.gateway.answering import Job, answer
+from pagebus.gateway.answer_types import AnswerMessage, ChatChoice, ChatCompletion, UsageBody
+from pagebus.gateway.answering import answer
 from pagebus.gateway.context import GatewayContext
 from pagebus.gateway.errors import ApiError, invalid
+from pagebus.gateway.generation_events import GenerationRequest, TextEvent
+from pagebus.gateway.jobs import Echo, Job, check_told
 from pagebus.gateway.limits import Receive, Scope, Send
-from pagebus.gateway.openai_types import (
-    AnswerMessage,
-    ChatChoice,
-    ChatCompletion,
-    ChatMessage,
-    ChatRequest,
-    UsageBody,
-    refuse_unserved_chat,
-)
+from pagebus.gateway.logprob_shapes import ChatLogprobs, LogprobWriter, joined_chat
+from pagebus.gateway.openai_types import ChatMessage, ChatRequest
+from pagebus.gateway.refusals import refuse_unserved_chat
 from pagebus.gateway.requests import from_text_error, generation_request, read_request, traced
 from pagebus.gateway.responder import Endpoint
-from pagebus.gateway.shapes import AnswerShape
+from pagebus.gateway.sampling_params import TokenDetails, chat_details, sampling_of
+from pagebus.gateway.shapes import AnswerShape, ChoiceAnswer
 from pagebus.gateway.text_errors import TextError, TokenizerBusyError
 from pagebus.gateway.tracing import RequestTrace
 
@@ -32,22 +30,38 @@ class ChatShape(AnswerShape):
     id_prefix = "chatcmpl-"
     chunk_kind = "chat.completion.chunk"
 
-    def whole(self, texts: Sequence[str], reasons: Sequence[str], usage: UsageBody) -> bytes:
+    def whole(self, choices: Sequence[ChoiceAnswer], usage: UsageBody) -> bytes:
         """A `chat.completion`."""
-        choices = [
-            ChatChoice(index=index, message=AnswerMessage(content=text), finish_reason=reason)
-            for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
-        ]
+        has_logprobs = self.details.num_logprobs is not None
+        prompt = choices[0].prompt
         return msgspec.json.encode(
             ChatCompletion(
                 id=self._id,
                 created=self._created,
                 model=self._model,
                 system_fingerprint=self._fingerprint,
-                choices=choices,
+                choices=[
+                    ChatChoice(
+                        index=index,
+                        message=AnswerMessage(content=choice.text),
+                        logprobs=joined_chat(choice.logprobs) if has_logprobs else None,
+                        finish_reason=choice.reason,
+                        token_ids=self.token_ids(choice.ids),
+                    )
+                    for index, choice in enumerate(choices)
+                ],
                 usage=usage,
+                prompt_logprobs=self.prompt_logprobs(prompt),
+                prompt_token_ids=self.token_ids(prompt.ids),
             )
         )
+
+    def logprobs_of(self, event: TextEvent, num_before: int) -> ChatLogprobs | None:
+        """The tokens of an event."""
+        num_top = self.details.num_logprobs
+        if num_top is None or event.logprobs is None or not event.ids:
+            return None
+        return self.writer.chat(event.logprobs, num_top)
 
 
 class ChatEndpoint(Endpoint):
@@ -63,21 +77,23 @@ class ChatEndpoint(Endpoint):
         request = await read_request(context, scope, receive, self._decoder)
         model = context.checked_model(request.model)
         refuse_unserved_chat(request)
-        if request.max_completion_tokens is None:
-            limit_name, max_tokens = "max_tokens", request.max_tokens
-        else:
-            limit_name, max_tokens = "max_completion_tokens", request.max_completion_tokens
-        if max_tokens == 0:
-            raise invalid(f"{limit_name} must be at least 1", limit_name)
+        limit_name = chat_limit_name(request)
         tenant = context.tenant(scope["headers"])
         with traced(context, scope, request, model) as trace:
-            prompt = await tokenize(context, request, trace)
+            generation, details = await prepare(context, tenant, request, trace)
+            echo = _echoed_text(request)
             job = Job(
-                requests=[generation_request(context, tenant, request, prompt, max_tokens, None)],
-                shape=ChatShape(model, context.fingerprint),
+                requests=[generation],
+                shape=ChatShape(
+                    model,
+                    context.fingerprint,
+                    details,
+                    LogprobWriter(context.tokenizer.texts, details.as_ids),
+                ),
                 is_stream=bool(request.stream),
                 has_usage_chunk=request.has_usage_chunk,
                 has_usage_everywhere=request.has_usage_everywhere,
+                echoes=[Echo(echo)] if echo else (),
                 trace=trace,
             )
             try:
@@ -86,6 +102,44 @@ class ChatEndpoint(Endpoint):
                 names = {"prompt": "messages", "max_tokens": limit_name}
                 error.param = names.get(error.param or "", error.param)
                 raise
+
+
+def chat_limit_name(request: ChatRequest) -> str:
+    """Which of its two names the client gave to the limit of tokens."""
+    return "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+
+
+async def prepare(
+    context: GatewayContext, tenant: str, request: ChatRequest, trace: RequestTrace
+) -> tuple[GenerationRequest, TokenDetails]:
+    """What to generate, and what to tell of it; raises `ApiError`."""
+    max_tokens = (
+        request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    )
+    if max_tokens == 0:
+        name = chat_limit_name(request)
+        raise invalid(f"{name} must be at least 1", name)
+    details = chat_details(request)
+    sampling = sampling_of(request, details, context.defaults, context.tokenizer)
+    prompt = await tokenize(context, request, trace)
+    check_told([prompt], details, "prompt_logprobs")
+    generation = generation_request(
+        context, tenant, request, prompt, sampling, max_tokens, context.defaults.max_tokens
+    )
+    return generation, details
+
+
+def _echoed_text(request: ChatRequest) -> str:
+    """With `echo`, as in vLLM: the last message, where the answer goes on in its role."""
+    last = request.messages[-1]
+    adds_prompt = request.add_generation_prompt
+    if adds_prompt is None:
+        adds_prompt = not request.continue_final_message
+    if not request.echo or (adds_prompt and last.role != "assistant") or last.content is None:
+        return ""
+    if isinstance(last.content, str):
+        return last.content
+    return "\n".join(part.text or "" for part in last.content)
 
 
 async def tokenize(context: GatewayContext, request: ChatRequest, trace: RequestTrace) -> list[int]:

@@ -5,21 +5,21 @@ from collections.abc import Sequence
 
 import msgspec
 
-from pagebus.gateway.answering import Job, answer
+from pagebus.gateway.answer_types import Completion, CompletionChoice, UsageBody
+from pagebus.gateway.answering import answer
 from pagebus.gateway.context import GatewayContext
 from pagebus.gateway.errors import invalid
-from pagebus.gateway.generation import check_prompt
+from pagebus.gateway.generation_events import TextEvent
+from pagebus.gateway.generations import check_prompt
+from pagebus.gateway.jobs import Echo, Job, check_told
 from pagebus.gateway.limits import MAX_PROMPTS, Receive, Scope, Send
-from pagebus.gateway.openai_types import (
-    Completion,
-    CompletionChoice,
-    CompletionRequest,
-    UsageBody,
-    refuse_unserved_completion,
-)
+from pagebus.gateway.logprob_shapes import LogprobWriter, TextLogprobs, joined_text
+from pagebus.gateway.openai_types import CompletionRequest
+from pagebus.gateway.refusals import refuse_unserved_completion
 from pagebus.gateway.requests import from_text_error, generation_request, read_request, traced
 from pagebus.gateway.responder import Endpoint
-from pagebus.gateway.shapes import AnswerShape
+from pagebus.gateway.sampling_params import TokenDetails, completion_details, sampling_of, with_own_seed
+from pagebus.gateway.shapes import AnswerShape, ChoiceAnswer
 from pagebus.gateway.text_errors import TextError, TokenizerBusyError
 from pagebus.gateway.tracing import RequestTrace
 
@@ -34,22 +34,38 @@ class CompletionShape(AnswerShape):
     id_prefix = "cmpl-"
     chunk_kind = "text_completion"
 
-    def whole(self, texts: Sequence[str], reasons: Sequence[str], usage: UsageBody) -> bytes:
+    def whole(self, choices: Sequence[ChoiceAnswer], usage: UsageBody) -> bytes:
         """A `text_completion`."""
-        choices = [
-            CompletionChoice(index=index, text=text, finish_reason=reason)
-            for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
-        ]
+        has_logprobs = self.details.num_logprobs is not None
         return msgspec.json.encode(
             Completion(
                 id=self._id,
                 created=self._created,
                 model=self._model,
                 system_fingerprint=self._fingerprint,
-                choices=choices,
+                choices=[
+                    CompletionChoice(
+                        index=index,
+                        text=choice.text,
+                        logprobs=joined_text(choice.logprobs) if has_logprobs else None,
+                        finish_reason=choice.reason,
+                        prompt_logprobs=self.prompt_logprobs(choice.prompt),
+                        prompt_token_ids=self.token_ids(choice.prompt.ids),
+                        token_ids=self.token_ids(choice.ids),
+                    )
+                    for index, choice in enumerate(choices)
+                ],
                 usage=usage,
             )
         )
+
+    def logprobs_of(self, event: TextEvent, num_before: int) -> TextLogprobs | None:
+        """The tokens of an event."""
+        num_top = self.details.num_logprobs
+        if num_top is None or event.logprobs is None or not event.ids:
+            return None
+        offsets = [num_before + offset for offset in event.offsets]
+        return self.writer.text(event.logprobs, num_top, offsets)
 
 
 class CompletionEndpoint(Endpoint):
@@ -65,8 +81,6 @@ class CompletionEndpoint(Endpoint):
         request = await read_request(context, scope, receive, self._decoder)
         model = context.checked_model(request.model)
         refuse_unserved_completion(request)
-        if request.max_tokens == 0 and not request.echo:
-            raise invalid("max_tokens must be at least 1 (0 only with echo)", "max_tokens")
         prompts = split_prompts(request.prompt)
         if len(prompts) * request.num_choices > MAX_PROMPTS:
             raise invalid(
@@ -75,27 +89,57 @@ class CompletionEndpoint(Endpoint):
         tenant = context.tenant(scope["headers"])
         with traced(context, scope, request, model) as trace:
             ids = await tokenize(context, request, prompts, trace)
+            details = completion_details(request)
+            check_told(ids, details, "logprobs" if details.has_echoed_logprobs else "prompt_logprobs")
+            sampling = sampling_of(request, details, context.defaults, context.tokenizer)
+            is_echo_only = request.max_tokens == 0
             requests = [
-                generation_request(context, tenant, request, prompt, request.max_tokens, DEFAULT_MAX_TOKENS)
-                for prompt in ids
+                generation_request(
+                    context,
+                    tenant,
+                    request,
+                    prompt,
+                    sampling if index == 0 else with_own_seed(sampling, request),
+                    1 if is_echo_only else request.max_tokens,
+                    DEFAULT_MAX_TOKENS,
+                    has_offsets=details.num_logprobs is not None,
+                )
+                for index, prompt in enumerate(ids)
             ]
-            prefixes: list[str] = []
-            if request.echo:
-                for prompt, prompt_ids in zip(prompts, ids, strict=True):
-                    check_prompt(prompt_ids, context.tokenizer.vocab_size)
-                    text = prompt if isinstance(prompt, str) else context.tokenizer.decode(prompt_ids)
-                    prefixes += [text] * request.num_choices
             job = Job(
                 requests=requests,
-                shape=CompletionShape(model, context.fingerprint),
+                shape=CompletionShape(
+                    model,
+                    context.fingerprint,
+                    details,
+                    LogprobWriter(context.tokenizer.texts, details.as_ids),
+                ),
                 is_stream=bool(request.stream),
                 has_usage_chunk=request.has_usage_chunk,
                 has_usage_everywhere=request.has_usage_everywhere,
-                prefixes=prefixes,
-                is_echo_only=request.max_tokens == 0,
+                echoes=_echoes(context, prompts, ids, details) if request.echo else (),
+                is_echo_only=is_echo_only,
                 trace=trace,
             )
             await answer(context, job, scope, receive, send)
+
+
+def _echoes(
+    context: GatewayContext,
+    prompts: Sequence[str | list[int]],
+    ids: Sequence[list[int]],
+    details: TokenDetails,
+) -> list[Echo]:
+    """The prompts' texts, as they were sent or decoded. Raises `ApiError`."""
+    echoes: list[Echo] = []
+    for prompt, prompt_ids in zip(prompts, ids, strict=True):
+        check_prompt(prompt_ids, context.tokenizer.vocab_size)
+        text = prompt if isinstance(prompt, str) else context.tokenizer.decode(prompt_ids)
+        offsets: Sequence[int] = ()
+        if details.has_echoed_logprobs:
+            offsets = context.tokenizer.stream(has_offsets=True).push(prompt_ids).offsets
+        echoes.append(Echo(text, [min(offset, len(text)) for offset in offsets]))
+    return echoes
 
 
 def split_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:

@@ -10,7 +10,8 @@ from pagebus.bus.protocol import Bus
 from pagebus.gateway.auth import Keys
 from pagebus.gateway.counters import Counters
 from pagebus.gateway.errors import ApiError
-from pagebus.gateway.generation import Generations
+from pagebus.gateway.generations import Generations
+from pagebus.gateway.sampling_params import SamplingDefaults
 from pagebus.gateway.sse import StreamClock
 from pagebus.gateway.submitter import Submitter
 from pagebus.gateway.tokenizer import Tokenizer
@@ -39,6 +40,7 @@ class GatewayContext:
     clock: StreamClock
     max_body_bytes: int
     request_timeout_s: float
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     telemetry: Telemetry = field(default_factory=NoTelemetry)
     created: int = field(default_factory=lambda: int(time.time()))
 

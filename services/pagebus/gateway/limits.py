@@ -22,6 +22,16 @@ MAX_PROMPTS = 1024
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 128
+MAX_LOGPROBS = 20
+"""Most log-probabilities beside each token, as in vLLM."""
+MAX_TOLD_LOGPROBS = 1 << 20
+"""Most log-probabilities of prompts in one answer."""
+MAX_LOGIT_BIAS = 1024
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARS = 1024
+MAX_BAD_WORD_TOKENS = 2048
+"""Most tokens of all bad words together, each of them with and without a space before it."""
+MAX_ALLOWED_TOKEN_IDS = 1 << 20
 MAX_MESSAGES = 16_384
 BODY_TIMEOUT_S = 30.0
 DISCARD_TIMEOUT_S = 10.0

@@ -1,8 +1,8 @@
 """`GET /v1/models` and `/v1/models/{id}`: the served names with the context's length."""
 
+from pagebus.gateway.answer_types import ModelCard, ModelList
 from pagebus.gateway.context import GatewayContext
 from pagebus.gateway.limits import Receive, Scope, Send
-from pagebus.gateway.openai_types import ModelCard, ModelList
 from pagebus.gateway.responder import Endpoint, send_json
 
 

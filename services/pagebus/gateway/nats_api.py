@@ -9,7 +9,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeVar
 
 import msgspec
@@ -22,21 +22,29 @@ from pagebus.bus.messages import (
     ApiError,
     ApiErrorBody,
     ApiEvent,
+    ApiTokenLogprob,
     ApiTokens,
     ApiUsage,
 )
 from pagebus.bus.protocol import Bus, BusError, Msg, Subscription
 from pagebus.gateway import chat, completions, errors
 from pagebus.gateway.context import GatewayContext
-from pagebus.gateway.generation import Finished, Generation, GenerationEvent, GenerationRequest, TextEvent
-from pagebus.gateway.openai_types import (
-    ChatRequest,
-    CompletionRequest,
-    refuse_unserved_chat,
-    refuse_unserved_completion,
+from pagebus.gateway.generation import Generation
+from pagebus.gateway.generation_events import (
+    Finished,
+    GenerationEvent,
+    GenerationRequest,
+    PromptEvent,
+    TextEvent,
 )
+from pagebus.gateway.jobs import check_told
+from pagebus.gateway.logprob_shapes import LogprobWriter
+from pagebus.gateway.openai_types import ChatRequest, CompletionRequest
+from pagebus.gateway.refusals import refuse_unserved_chat, refuse_unserved_completion
 from pagebus.gateway.requests import generation_request
+from pagebus.gateway.sampling_params import TokenDetails, completion_details, sampling_of
 from pagebus.gateway.tracing import RequestTrace
+from pagebus.requester.packed_logprobs import cut, num_tokens
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +53,8 @@ MAX_LIVE = 4096
 MAX_UNSENT = 100_000
 """Most events that wait to be published; beyond it they are dropped, and readers see a gap."""
 ALIVE_INTERVAL_S = 5.0
+PROMPT_TOKENS_AN_EVENT = 256
+"""Log-probabilities of longer prompts come in several events, each far below the bus's `max_payload`."""
 
 _Request = TypeVar("_Request")
 
@@ -168,69 +178,74 @@ class NatsApi:
         )
         try:
             if bytes(head.messages) != b"null":
-                request = await self._chat_request(msg.data, trace)
+                request, details = await self._chat_request(msg.data, trace)
             else:
-                request = await self._completion_request(msg.data, trace)
+                request, details = await self._completion_request(msg.data, trace)
             if live.is_cancelled:
                 raise _CANCELLED
-            live.generation = context.generations.start(request, self._events_to(head.id, live), trace)
+            take = self._events_to(head.id, live, details)
+            live.generation = context.generations.start(request, take, trace)
             if live.generation.is_over:
                 self._live.pop(head.id, None)
         except BaseException as error:
             trace.end(error=type(error).__name__)
             raise
 
-    async def _chat_request(self, data: bytes, trace: RequestTrace) -> GenerationRequest:
+    async def _chat_request(self, data: bytes, trace: RequestTrace) -> tuple[GenerationRequest, TokenDetails]:
         request = _decoded(self._chat, data)
         self._context.checked_model(request.model)
         refuse_unserved_chat(request)
-        max_tokens = request.max_completion_tokens
-        if max_tokens is None:
-            max_tokens = request.max_tokens
-        if max_tokens == 0:
-            raise errors.invalid("max_tokens must be at least 1", "max_tokens")
-        prompt = await chat.tokenize(self._context, request, trace)
-        return generation_request(self._context, "", request, prompt, max_tokens, None)
+        if request.echo:
+            raise errors.unsupported("echo", "echo is served over HTTP only")
+        return await chat.prepare(self._context, "", request, trace)
 
-    async def _completion_request(self, data: bytes, trace: RequestTrace) -> GenerationRequest:
-        request = _decoded(self._completion, data)
-        self._context.checked_model(request.model)
+    async def _completion_request(
+        self, data: bytes, trace: RequestTrace
+    ) -> tuple[GenerationRequest, TokenDetails]:
+        context, request = self._context, _decoded(self._completion, data)
+        context.checked_model(request.model)
         refuse_unserved_completion(request)
-        if request.max_tokens == 0 or request.echo:
-            name = "echo" if request.echo else "max_tokens"
-            raise errors.unsupported(name, "echo is served over HTTP only; ask for one token at least")
+        if request.echo:
+            raise errors.unsupported("echo", "echo is served over HTTP only")
         prompts = completions.split_prompts(request.prompt)
         if len(prompts) != 1:
             raise errors.unsupported("prompt", "send one prompt a request")
-        (ids,) = await completions.tokenize(self._context, request, prompts, trace)
+        (ids,) = await completions.tokenize(context, request, prompts, trace)
+        details = completion_details(request)
+        check_told([ids], details, "prompt_logprobs")
+        sampling = sampling_of(request, details, context.defaults, context.tokenizer)
         default = completions.DEFAULT_MAX_TOKENS
-        return generation_request(self._context, "", request, ids, request.max_tokens, default)
+        generation = generation_request(context, "", request, ids, sampling, request.max_tokens, default)
+        return generation, details
 
-    def _events_to(self, identity: str, live: _Live) -> Callable[[GenerationEvent], None]:
+    def _events_to(
+        self, identity: str, live: _Live, details: TokenDetails
+    ) -> Callable[[GenerationEvent], None]:
+        writer = LogprobWriter(self._context.tokenizer.texts, details.as_ids)
+
         def take(event: GenerationEvent) -> None:
             live.last_sent_s = time.monotonic()
             match event:
                 case TextEvent():
-                    self._send(
-                        identity,
-                        ApiTokens(
-                            id=identity,
-                            choice=event.choice,
-                            index=event.index,
-                            token_ids=list(event.ids),
-                            text=event.text,
-                            finish_reason=event.finish_reason,
-                        ),
-                    )
+                    self._send(identity, _tokens_event(identity, event, details, writer))
+                case PromptEvent():
+                    for prompt_event in _prompt_events(identity, event, details, writer):
+                        self._send(identity, prompt_event)
                 case Finished():
                     self._live.pop(identity, None)
-                    num_prompt, num_made = event.usage.num_prompt_tokens, event.usage.num_generated_tokens
-                    usage = ApiUsage(
-                        prompt_tokens=num_prompt,
-                        completion_tokens=num_made,
-                        total_tokens=num_prompt + num_made,
+                    usage = event.usage
+                    self._send(
+                        identity,
+                        ApiDone(
+                            id=identity,
+                            usage=ApiUsage(
+                                prompt_tokens=usage.num_prompt_tokens,
+                                completion_tokens=usage.num_generated_tokens,
+                                total_tokens=usage.num_prompt_tokens + usage.num_generated_tokens,
+                                cached_tokens=usage.num_cached_tokens,
+                            ),
+                        ),
                     )
-                    self._send(identity, ApiDone(id=identity, usage=usage))
                 case _:
                     self._live.pop(identity, None)
                     self._send(identity, _error_event(identity, errors.from_failure(event)))
@@ -281,6 +296,31 @@ class NatsApi:
 
 
 _CANCELLED = errors.ApiError(499, "the request was cancelled", code="cancelled")
+
+
+def _tokens_event(identity: str, event: TextEvent, details: TokenDetails, writer: LogprobWriter) -> ApiTokens:
+    num_top, logprobs = details.num_logprobs, event.logprobs
+    return ApiTokens(
+        id=identity,
+        choice=event.choice,
+        index=event.index,
+        token_ids=list(event.ids),
+        text=event.text,
+        finish_reason=event.finish_reason,
+        logprobs=None if num_top is None or logprobs is None else writer.api(logprobs, num_top),
+    )
+
+
+def _prompt_events(
+    identity: str, event: PromptEvent, details: TokenDetails, writer: LogprobWriter
+) -> Iterator[ApiTokens]:
+    """Events without tokens, the first of all with a null for the prompt's first token."""
+    num_top = details.num_prompt_logprobs or 0
+    for start in range(0, num_tokens(event.logprobs), PROMPT_TOKENS_AN_EVENT):
+        some = cut(event.logprobs, start, start + PROMPT_TOKENS_AN_EVENT)
+        told: list[ApiTokenLogprob | None] = [None] if event.start + start == 1 else []
+        told += writer.api(some, num_top)
+        yield ApiTokens(id=identity, choice=0, index=0, token_ids=[], text="", prompt_logprobs=told)
 
 
 def _error_event(identity: str, error: errors.ApiError) -> ApiError:

@@ -6,12 +6,14 @@ from typing import TypeVar
 
 import msgspec
 
+from pagebus.bus.messages import Sampling
 from pagebus.gateway.context import GatewayContext
 from pagebus.gateway.errors import ApiError, from_decode_error, invalid
-from pagebus.gateway.generation import GenerationRequest
+from pagebus.gateway.generation_events import GenerationRequest
 from pagebus.gateway.limits import ClientGoneError, Receive, Scope, read_body
-from pagebus.gateway.openai_types import CommonRequest, sampling_of
+from pagebus.gateway.openai_types import CommonRequest
 from pagebus.gateway.request_ids import new_request_id
+from pagebus.gateway.sampling_params import check_ids
 from pagebus.gateway.text_errors import TextError, TokenizerBusyError
 from pagebus.gateway.tracing import HttpTrace, RequestTrace
 
@@ -79,21 +81,22 @@ def generation_request(
     tenant: str,
     request: CommonRequest,
     prompt: list[int],
+    sampling: Sampling,
     max_tokens: int | None,
     default_max_tokens: int | None,
+    *,
+    has_offsets: bool = False,
 ) -> GenerationRequest:
     """What the request asks for, for one of its prompts."""
     if max_tokens is not None and (request.min_tokens or 0) > max_tokens:
         raise invalid(f"min_tokens is {request.min_tokens}, more than max_tokens {max_tokens}", "min_tokens")
-    vocab_size = context.tokenizer.vocab_size
     stop_ids = request.stop_token_ids or ()
-    if any(token_id >= vocab_size for token_id in stop_ids):
-        raise invalid(f"a stop token id is outside the vocabulary of {vocab_size}", "stop_token_ids")
+    check_ids(stop_ids, context.tokenizer.vocab_size, "stop_token_ids")
     return GenerationRequest(
         request_id=new_request_id(),
         prompt=prompt,
         num_choices=request.num_choices,
-        sampling=sampling_of(request),
+        sampling=sampling,
         max_tokens=max_tokens,
         default_max_tokens=default_max_tokens,
         min_tokens=request.min_tokens or 0,
@@ -106,6 +109,7 @@ def generation_request(
         tenant=tenant,
         cache_salt=request.cache_salt or "",
         timeout_s=request.timeout_s or context.request_timeout_s,
+        has_offsets=has_offsets,
     )
 
 

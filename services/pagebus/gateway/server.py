@@ -16,7 +16,8 @@ from pagebus.gateway.auth import Keys
 from pagebus.gateway.connection import GatewayConnection
 from pagebus.gateway.context import GatewayContext
 from pagebus.gateway.counters import Counters
-from pagebus.gateway.generation import Generations
+from pagebus.gateway.generations import Generations
+from pagebus.gateway.sampling_params import SamplingDefaults, read_defaults
 from pagebus.gateway.sse import StreamClock
 from pagebus.gateway.submitter import Submitter
 from pagebus.gateway.tokenizer import Tokenizer
@@ -74,6 +75,11 @@ def make_context(
         clock=StreamClock(settings.keep_alive_interval_s),
         max_body_bytes=settings.max_body_bytes,
         request_timeout_s=settings.request_timeout_s,
+        defaults=(
+            read_defaults(tokenizer.generation_config)
+            if settings.generation_config == "auto"
+            else SamplingDefaults()
+        ),
         telemetry=telemetry or NoTelemetry(),
     )
 

@@ -1,24 +1,70 @@
-"""What the answers of all routes share: one id, one time and one name for the whole and for every chunk."""
+"""What the answers of all routes share: one id, one time and one name for the whole and for every chunk, and
+what is told of tokens besides text."""
 
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from pagebus.gateway.answer_types import UsageBody
+from pagebus.gateway.generation_events import TextEvent
+from pagebus.gateway.logprob_shapes import LogprobsBody, LogprobWriter
 from pagebus.gateway.request_ids import new_request_id
+from pagebus.gateway.sampling_params import TokenDetails
 from pagebus.gateway.sse import ChunkTemplate
 
 
-class AnswerShape:
+@dataclass
+class PromptAnswer:
+    """What is told of one prompt. `told`: elements of vLLM's `prompt_logprobs`, as JSON without brackets."""
+
+    ids: Sequence[int]
+    told: list[bytes] = field(default_factory=lambda: [b"null"])
+
+
+@dataclass
+class ChoiceAnswer:
+    """A choice of a whole answer, as it grows."""
+
+    prompt: PromptAnswer
+    texts: list[str] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[LogprobsBody] = field(default_factory=list)
+    reason: str = "length"
+
+    @property
+    def text(self) -> str:
+        """Its whole text."""
+        return "".join(self.texts)
+
+
+class AnswerShape(ABC):
     """Base of one answer's bodies."""
 
     is_chat: ClassVar[bool]
     id_prefix: ClassVar[str]
     chunk_kind: ClassVar[str]
 
-    def __init__(self, model: str, fingerprint: str) -> None:
+    def __init__(self, model: str, fingerprint: str, details: TokenDetails, writer: LogprobWriter) -> None:
         self._id = self.id_prefix + new_request_id()
         self._created = int(time.time())
         self._model = model
         self._fingerprint = fingerprint
+        self.details = details
+        self.writer = writer
+
+    @abstractmethod
+    def whole(self, choices: Sequence[ChoiceAnswer], usage: UsageBody) -> bytes:
+        """The body of an answer that is not streamed."""
+
+    @abstractmethod
+    def logprobs_of(self, event: TextEvent, num_before: int) -> LogprobsBody | None:
+        """The log-probabilities of an event's tokens, where they are asked for; `num_before`: characters of
+        the choice's text before what is generated."""
 
     def chunks(self, has_usage: bool) -> ChunkTemplate:
         """The template of a stream's chunks."""
@@ -31,3 +77,13 @@ class AnswerShape:
             is_chat=self.is_chat,
             usage=has_usage,
         )
+
+    def prompt_logprobs(self, prompt: PromptAnswer) -> msgspec.Raw | UnsetType:
+        """vLLM's `prompt_logprobs`, where they are asked for."""
+        if self.details.num_prompt_logprobs is None:
+            return UNSET
+        return msgspec.Raw(b"[" + b",".join(prompt.told) + b"]")
+
+    def token_ids(self, ids: Sequence[int]) -> list[int] | UnsetType:
+        """vLLM's `token_ids` and `prompt_token_ids`, where they are asked for."""
+        return list(ids) if self.details.has_token_ids else UNSET

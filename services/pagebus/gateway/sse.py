@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import msgspec
 
+from pagebus.gateway.answer_types import UsageBody
 from pagebus.gateway.errors import ErrorBody, ErrorResponse
 from pagebus.gateway.limits import ClientGoneError, Send
-from pagebus.gateway.openai_types import UsageBody
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -28,8 +28,13 @@ _HEADERS = (
 
 def encode_text(text: str) -> bytes:
     """A JSON string without any character that a client may take for a line's end."""
-    encoded = _encode(text)
-    if not text.isascii():
+    return encode_json(text)
+
+
+def encode_json(value: str | msgspec.Struct) -> bytes:
+    """JSON without any character that a client may take for a line's end."""
+    encoded = _encode(value)
+    if not encoded.isascii():
         encoded = encoded.replace(b"\xe2\x80\xa8", b"\\u2028").replace(b"\xe2\x80\xa9", b"\\u2029")
         encoded = encoded.replace(b"\xc2\x85", b"\\u0085")
     return encoded
@@ -60,18 +65,28 @@ class ChunkTemplate:
             + b',"system_fingerprint":' + _encode(fingerprint) + b',"choices":['
         )  # fmt: skip
         self._before = b',"delta":{"content":' if is_chat else b',"text":'
-        self._after = b'},"logprobs":null' if is_chat else b',"logprobs":null'
+        self._after = b'},"logprobs":' if is_chat else b',"logprobs":'
         self._ending = b',"delta":{},"logprobs":null' if is_chat else b',"text":"","logprobs":null'
         self._no_usage = b',"usage":null' if usage else b""
 
-    def role(self, choice: int, usage: UsageBody | None) -> bytes:
-        """The first chunk of a chat's choice."""
+    def role(self, choice: int, usage: UsageBody | None, beside: bytes = b"") -> bytes:
+        """The first chunk of a chat's choice; `beside`: further members of the chunk, with a comma before
+        each."""
         delta = b',"delta":{"role":"assistant","content":"","refusal":null},"logprobs":null'
-        return self._chunk(choice, delta, b"null", usage)
+        return self._chunk(choice, delta, b"null", usage, beside)
 
-    def text(self, choice: int, text: str, usage: UsageBody | None) -> bytes:
-        """New text of a choice."""
-        return self._chunk(choice, self._before + encode_text(text) + self._after, b"null", usage)
+    def text(
+        self,
+        choice: int,
+        text: str,
+        usage: UsageBody | None,
+        logprobs: bytes = b"null",
+        more: bytes = b"",
+    ) -> bytes:
+        """New text of a choice, with its tokens' log-probabilities as JSON; `more`: further members of the
+        choice, with a comma before each."""
+        body = self._before + encode_text(text) + self._after + logprobs + more
+        return self._chunk(choice, body, b"null", usage)
 
     def finish(self, choice: int, reason: str, usage: UsageBody | None) -> bytes:
         """The last chunk of a choice."""
@@ -81,8 +96,10 @@ class ChunkTemplate:
         """The chunk without choices that ends a stream with `include_usage`."""
         return self._head + b'],"usage":' + _encode(usage) + b"}\n\n"
 
-    def _chunk(self, choice: int, body: bytes, reason: bytes, usage: UsageBody | None) -> bytes:
-        tail = self._no_usage if usage is None else b',"usage":' + _encode(usage)
+    def _chunk(
+        self, choice: int, body: bytes, reason: bytes, usage: UsageBody | None, beside: bytes = b""
+    ) -> bytes:
+        tail = beside + (self._no_usage if usage is None else b',"usage":' + _encode(usage))
         return b'%b{"index":%d%b,"finish_reason":%b}]%b}\n\n' % (self._head, choice, body, reason, tail)
 
 

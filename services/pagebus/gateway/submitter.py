@@ -10,6 +10,10 @@ from pagebus.requester.events import Event, RequestSpec
 class Ticket(Protocol):
     """A submitted request, as the requester gives it."""
 
+    @property
+    def num_cached_tokens(self) -> int | None:
+        """How many of the prompt's tokens came from the prefix cache; None until it is told."""
+
     def end_choice(self, choice: int) -> None:
         """Stop one choice; no more events for it."""
 

@@ -14,11 +14,13 @@ from pagebus.gateway.stop_strings import StopMatch, StopStrings
 @dataclass(frozen=True)
 class TextDelta:
     """What some ids brought. `stop`: the stop string that they completed, which ends the choice. `num_ids`:
-    how many of them count, up to and with the one that completed it."""
+    how many of them count, up to and with the one that completed it. `offsets`: of these, where that is asked
+    for, how many complete characters of the text lie before each."""
 
     text: str
     stop: str | None
     num_ids: int
+    offsets: Sequence[int] = ()
 
 
 class TextStream:
@@ -33,6 +35,7 @@ class TextStream:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
+        has_offsets: bool = False,
     ) -> None:
         """`include_stop` leaves the stop string in the text; stop strings complete before `min_tokens` ids
         are text.
@@ -41,7 +44,9 @@ class TextStream:
         self._detokenizer = detokenizer
         self._stops = StopStrings(stop)
         self._include_stop, self._min_tokens = include_stop, min_tokens
+        self._has_offsets = has_offsets
         self._num_ids = 0
+        self._num_characters = 0  # that the detokenizer gave out
         self._is_stopped = False
         # The text, as far as it is not given out:   [ _held | _ahead ]
         # _held is settled, its end may begin a stop string; _ahead would follow if no id came (the
@@ -50,19 +55,29 @@ class TextStream:
         self._held, self._states = "", self._stops.initial
         self._ahead, self._ahead_states = "", self._stops.initial
 
+    @property
+    def offset(self) -> int:
+        """Complete characters of the text so far, held back ones and stop strings included."""
+        return self._num_characters + len(self._detokenizer.tail())
+
     def push(self, ids: Sequence[int]) -> TextDelta:
         """The next ids. After a stop nothing counts any more."""
         if self._is_stopped:
             return TextDelta("", None, 0)
-        if not self._stops:
+        if not self._stops and not self._has_offsets:
             self._num_ids += len(ids)
             return TextDelta(self._detokenizer.push(ids), None, len(ids))
+        offsets: list[int] = []
         for index, token_id in enumerate(ids):
             self._num_ids += 1
-            match = self._settle(self._detokenizer.push((token_id,))) or self._look_ahead()
+            if self._has_offsets:
+                offsets.append(self.offset)
+            text = self._detokenizer.push((token_id,))
+            self._num_characters += len(text)
+            match = self._settle(text) or self._look_ahead()
             if match is not None:
-                return TextDelta(self._cut(match), match.stop, index + 1)
-        return TextDelta(self._release(max(self._states)), None, len(ids))
+                return TextDelta(self._cut(match), match.stop, index + 1, offsets)
+        return TextDelta(self._release(max(self._states, default=0)), None, len(ids), offsets)
 
     def finish(self) -> TextDelta:
         """The rest, when no more ids come; it may still complete a stop string."""

@@ -17,6 +17,7 @@ from pagebus.gateway.detokenizer import Detokenizer, DetokenizerFactory, clean_u
 from pagebus.gateway.model_text import JsonObject, ModelText, eos_token_ids, logits_width, read_model_text
 from pagebus.gateway.text_errors import InvalidTextError, TextError, TokenizerBusyError, TokenizerLoadError
 from pagebus.gateway.text_stream import TextStream
+from pagebus.gateway.token_texts import TokenTexts
 
 LONG_TEXT = 2_000  # characters; below, encoding takes less than a millisecond and stays on the loop
 MAX_WAITING = 64 << 20  # characters that may wait for a thread or be in one
@@ -48,6 +49,10 @@ class Tokenizer:
         self._special_tokens = dict(backend.special_tokens)
         self._has_space_cleanup = backend.has_space_cleanup
         self._templates = ChatTemplates(files.chat_templates)
+        self.texts = TokenTexts(backend.tokenizer)
+        """What single tokens stand for."""
+        self.generation_config: JsonObject = files.generation_config
+        """generation_config.json as it is."""
         self._detokenizers = DetokenizerFactory(backend.tokenizer, backend.has_space_cleanup)
         self._threads: ThreadPoolExecutor | None = None
         self._num_waiting = 0
@@ -219,9 +224,11 @@ class Tokenizer:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
+        has_offsets: bool = False,
     ) -> TextStream:
         """The text of one choice as its ids come, cut at the first stop string (`TextStream`)."""
-        return TextStream(self._detokenizers.make(skip_special_tokens), stop, include_stop, min_tokens)
+        detokenizer = self._detokenizers.make(skip_special_tokens)
+        return TextStream(detokenizer, stop, include_stop, min_tokens, has_offsets)
 
 
 def _num_characters(value: object, depth: int = 0) -> int:

@@ -144,7 +144,11 @@ class Cancel(Message, frozen=True, kw_only=True):
 
 
 class Failed(Message, frozen=True, kw_only=True):
-    """anyone -> requester: the attempt ended; `is_retryable` says ask again, else the request ended."""
+    """anyone -> requester: the attempt ended; `is_retryable` says ask again, else the request ended.
+
+    `is_suspect`: its executor died, perhaps of it; the next `Generate` says so. `was_sole_suspect`: nothing
+    else that ran there was under suspicion; the next `Generate` counts these deaths.
+    """
 
     request_id: str
     attempt: int
@@ -152,6 +156,8 @@ class Failed(Message, frozen=True, kw_only=True):
     message: str
     is_client_fault: bool = False
     is_retryable: bool = False
+    is_suspect: bool = False
+    was_sole_suspect: bool = False
 
 
 class RowStart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -6,7 +6,7 @@ It knows the public subjects and events only, nothing of batches or blocks.
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -30,7 +30,7 @@ _SILENCE_S = 15.0
 _ACCEPT_TIMEOUT_S = 5.0
 _MAX_EVENTS_BEHIND = 100_000
 
-Parameter = str | int | float | bool | None | Sequence[str] | Sequence[int]
+Parameter = str | int | float | bool | None | Sequence[str] | Sequence[int] | Mapping[str, float]
 
 
 class GenerationError(Exception):
@@ -83,7 +83,9 @@ class Client:
         """Start a request and yield its tokens and text as they come.
 
         Give `prompt` (text or token ids) or `messages` (a chat). `parameters` are the HTTP interface's:
-        max_tokens, temperature, top_p, top_k, stop, seed, n, ignore_eos, ... Raises `GenerationError` for an
+        max_tokens, temperature, top_p, top_k, stop, seed, n, ignore_eos, logit_bias, logprobs,
+        prompt_logprobs, ... (an event's `logprobs` are those of its tokens; `prompt_logprobs` come first, in
+        events without tokens). Raises `GenerationError` for an
         error, also when nobody serves the model or no sign of life came for 15 s. Leaving the loop cancels.
         """
         identity = request_id or secrets.token_hex(16)

@@ -9,19 +9,12 @@ import itertools
 import logging
 import random
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from pagebus.bus import messages, subjects
 from pagebus.bus.messages import Accepted, Cancel, DecodeError, Failed, Heartbeat, Message, Rejected, Tokens
-from pagebus.bus.protocol import (
-    Bus,
-    BusError,
-    Msg,
-    NotConnectedError,
-    PayloadTooLargeError,
-    Subscription,
-)
+from pagebus.bus.protocol import Bus, BusError, Msg, NotConnectedError, PayloadTooLargeError, Subscription
 from pagebus.requester.events import Event, NewTokens, RequestFailed, RequestSpec
 from pagebus.requester.state import NEVER, RequestState, Timing
 
@@ -66,6 +59,11 @@ class Ticket:
     def has_ended(self) -> bool:
         """Whether no further event comes."""
         return self._live.state.has_ended
+
+    @property
+    def num_cached_tokens(self) -> int | None:
+        """How many of the prompt's tokens came from the prefix cache; None until it is told."""
+        return self._live.state.num_cached_tokens
 
     def end_choice(self, choice: int) -> None:
         """Stop this choice: no more events for it. The last one ends the request."""
@@ -187,7 +185,7 @@ class Requester:
                 yield event
                 if isinstance(event, RequestFailed):
                     return
-                num_open -= event.finish_reason is not None
+                num_open -= isinstance(event, NewTokens) and event.finish_reason is not None
         finally:
             ticket.cancel()
 
@@ -219,16 +217,13 @@ class Requester:
 
     def _on_tokens(self, tokens: Tokens) -> None:
         now_s = self._loop.time()
+        for prompt in tokens.prompts:  # before the rows, whose ids come after the prompt
+            if (live := self._known(prompt, now_s)) is not None:
+                self._tell(live, live.state.on_prompt(prompt, tokens.epoch, now_s))
         for row in tokens.rows:
-            live = self._live.get(row.request_id)
-            if live is None:
-                self._refuse(row.request_id, row.attempt, now_s)
-                continue
-            event = live.state.on_row(row, tokens.epoch, now_s)
-            if event is not None:
-                self._forget_if_ended(live)
-                self._deliver(live, event)
-            self._watch(live)
+            if (live := self._known(row, now_s)) is not None:
+                event = live.state.on_row(row, tokens.epoch, now_s)
+                self._tell(live, () if event is None else (event,))
 
     def _on_probe(self, msg: Msg) -> None:
         """An executor asks whether anybody is here."""
@@ -275,13 +270,22 @@ class Requester:
         self._publish(_Outgoing(self._generate_subject, messages.encode(generate), headers, live))
         self._watch(live)
 
-    def _refuse(self, request_id: str, attempt: int, now_s: float) -> None:
-        """Somebody works for a request that is not here: say so, once a second at most."""
-        self.counters["unknown_rows"] += 1
-        if now_s - self._cancelled_at_s.get(request_id, -NEVER) < _CANCEL_AGAIN_S:
-            return
-        self._remember_cancel(request_id, now_s)
-        self._publish_message(Cancel(request_id=request_id, attempt=attempt))
+    def _known(self, row: messages.TokenRow | messages.PromptRow, now_s: float) -> _Live | None:
+        """Whose row it is. Where nobody here holds the request, say so, once a second at most."""
+        live = self._live.get(row.request_id)
+        if live is None:
+            self.counters["unknown_rows"] += 1
+            if now_s - self._cancelled_at_s.get(row.request_id, -NEVER) >= _CANCEL_AGAIN_S:
+                self._remember_cancel(row.request_id, now_s)
+                self._publish_message(Cancel(request_id=row.request_id, attempt=row.attempt))
+        return live
+
+    def _tell(self, live: _Live, events: Sequence[Event]) -> None:
+        self._forget_if_ended(live)
+        for event in events:
+            if live.state.is_wanted(event):
+                self._deliver(live, event)
+        self._watch(live)
 
     def _remember_cancel(self, request_id: str, now_s: float) -> None:
         self._cancelled_at_s[request_id] = now_s
@@ -303,7 +307,7 @@ class Requester:
             self._forget_if_ended(live)
             self._deliver(live, failure)
 
-    def _deliver(self, live: _Live, event: NewTokens | RequestFailed) -> None:
+    def _deliver(self, live: _Live, event: Event) -> None:
         try:
             live.on_event(event)
         except Exception:

@@ -7,6 +7,8 @@ import random
 from array import array
 from dataclasses import dataclass
 
+import msgspec
+
 from pagebus.bus.messages import (
     Accepted,
     Cancel,
@@ -15,12 +17,15 @@ from pagebus.bus.messages import (
     Failed,
     FinishReason,
     Generate,
+    PromptRow,
     Rejected,
     TokenRow,
     pack_ids,
     unpack_ids,
 )
-from pagebus.requester.events import NewTokens, RequestFailed, RequestSpec
+from pagebus.requester.events import Event, NewTokens, RequestFailed, RequestSpec
+from pagebus.requester.packed_logprobs import cut, is_whole
+from pagebus.requester.prompt_part import PromptPart
 
 NEVER = float("inf")
 
@@ -43,12 +48,15 @@ class _Choice:
 
     ids: "array[int]"
     finish_reason: FinishReason | None = None
+    is_unwanted: bool = False  # its owner ended it
 
 
 class RequestState:
     """Grows by what arrives for its current attempt, and by nothing else.
 
-    `due_s` is when `ask` or `expire` is wanted; the owner looks at `has_ended` after each call.
+    `due_s` is when `ask` or `expire` is wanted; the owner looks at `has_ended` after each call. Where the
+    prompt's log-probabilities are asked for, ids that come before the last of these are held back, and the
+    request is not over before they are here.
     """
 
     def __init__(
@@ -67,6 +75,7 @@ class RequestState:
         self.has_ended = False
         self.deadline_s = now_s + spec.timeout_s
         self.num_stale_rows = 0
+        self.num_cached_tokens: int | None = None  # of the prompt; None until it is told
         self._model = model
         self._reply = reply
         self._life = life
@@ -77,6 +86,10 @@ class RequestState:
         self._packed_stop_ids = pack_ids(spec.stop_token_ids)
         self._choices = [_Choice(array("i")) for _ in range(spec.num_choices)]
         self._num_open = spec.num_choices
+        self._prompt_part = PromptPart(len(spec.prompt), spec.sampling.num_prompt_logprobs is not None)
+        self._prompt_choice = 0  # whose row tells them in this attempt: the first open one's
+        self._held: list[NewTokens] = []
+        self._is_cancelled = False
         self._epoch = 0  # the leader's that works on this attempt, as far as known
         self._is_acknowledged = False
         self._num_failures = 0  # asked again since the last token
@@ -94,6 +107,11 @@ class RequestState:
     def is_acknowledged(self) -> bool:
         """Whether somebody said anything about the current attempt."""
         return self._is_acknowledged
+
+    @property
+    def is_prompt_told(self) -> bool:
+        """Whether every log-probability of the prompt that was asked for is here."""
+        return self._prompt_part.is_told
 
     def num_ids(self, choice: int) -> int:
         """How many ids the choice has."""
@@ -117,14 +135,19 @@ class RequestState:
         self._last_sign_s = now_s
         self._ask_at_s = NEVER
         self._jitter_s = self._rng.uniform(0.0, self._timing.jitter_s)
-        spec = self.spec
+        spec, sampling = self.spec, self.spec.sampling
+        if self.is_prompt_told and sampling.num_prompt_logprobs is not None:
+            sampling = msgspec.structs.replace(sampling, num_prompt_logprobs=None)
+        self._prompt_part.num_asked_again += self.attempt > 1
+        choices = self._asked_choices()
+        self._prompt_choice = next(choice.index for choice in choices if choice.finish_reason is None)
         return Generate(
             request_id=spec.request_id,
             attempt=self.attempt,
             model=self._model,
             prompt=self._prompt,
-            choices=tuple(_message_state(index, choice) for index, choice in enumerate(self._choices)),
-            sampling=spec.sampling,
+            choices=choices,
+            sampling=sampling,
             stop_token_ids=self._packed_stop_ids,
             max_tokens=spec.max_tokens,
             min_tokens=spec.min_tokens,
@@ -144,24 +167,41 @@ class RequestState:
             if reason is not None:
                 self._finish(choice, reason)
                 events.append(NewTokens(index, len(choice.ids), (), reason))
-        return events
+        if self.is_prompt_told:
+            return events
+        self._held += events
+        return []
 
     def end_choice(self, choice: int) -> Cancel | None:
         """The owner has enough of this choice: the message that says so, None where it has ended."""
-        if self.has_ended or not 0 <= choice < len(self._choices):
+        if not 0 <= choice < len(self._choices):
             return None
-        if self._choices[choice].finish_reason is not None:
+        self._choices[choice].is_unwanted = True
+        self._held = [event for event in self._held if event.choice != choice]
+        if self.has_ended:
             return None
-        self._finish(self._choices[choice], "stop")
+        if self._choices[choice].finish_reason is None:
+            self._finish(self._choices[choice], "stop")
+        elif self._num_open == 0 and all(one.is_unwanted for one in self._choices):
+            self.has_ended = True  # only the prompt's log-probabilities were missing, and nobody waits
+        else:
+            return None
         named = () if self.has_ended else (choice,)
         return Cancel(request_id=self.spec.request_id, attempt=self.attempt, choices=named)
 
     def cancel(self) -> Cancel | None:
         """The owner wants nothing more; None where the request has ended."""
+        self._is_cancelled = True
         if self.has_ended:
             return None
         self.has_ended = True
         return Cancel(request_id=self.spec.request_id, attempt=self.attempt)
+
+    def is_wanted(self, event: Event) -> bool:
+        """Whether the owner still wants an event that was made before it ended or cancelled something."""
+        if isinstance(event, NewTokens) and self._choices[event.choice].is_unwanted:
+            return False
+        return not self._is_cancelled
 
     def fail(self, failure: RequestFailed) -> RequestFailed | None:
         """End the request for a reason found by its owner; None where it has ended."""
@@ -181,17 +221,25 @@ class RequestState:
     # What arrives
 
     def on_row(self, row: TokenRow, epoch: int, now_s: float) -> NewTokens | None:
-        """New ids of the current attempt; None for what is old, doubled, or lies past a gap."""
+        """New ids of the current attempt; None for what is old, doubled, held back, or lies past a gap."""
         if self.has_ended or row.attempt != self.attempt or not 0 <= row.choice < len(self._choices):
             self.num_stale_rows += 1
             return None
         self._sign(epoch, now_s)
+        if row.choice == 0 and row.num_cached is not None and self.num_cached_tokens is None:
+            self.num_cached_tokens = max(0, min(row.num_cached, len(self.spec.prompt)))
         choice = self._choices[row.choice]
+        if row.choice == self._prompt_choice and not self.is_prompt_told:
+            # Its ids come after all that is told of the prompt: some of that was lost.
+            self._ask_soon(now_s, self._timing.min_backoff_s if self._prompt_part.num_asked_again else 0.0)
         if choice.finish_reason is not None:
             return None
         try:
             ids = unpack_ids(row.ids)
         except DecodeError:
+            self.num_stale_rows += 1
+            return None
+        if row.logprobs is not None and not is_whole(row.logprobs, len(ids)):
             self.num_stale_rows += 1
             return None
         have = len(choice.ids)
@@ -203,12 +251,38 @@ class RequestState:
         if not new and not (row.finish_reason and is_at_end):
             return None
         choice.ids.extend(new)
-        self._num_failures = 0
-        if self._running_since_s != NEVER:
-            self._running_since_s = now_s
+        self._progress(now_s)
         if row.finish_reason:
             self._finish(choice, row.finish_reason)
-        return NewTokens(row.choice, have, new, row.finish_reason)
+        logprobs = None
+        if row.logprobs is not None:
+            logprobs = cut(row.logprobs, have - row.index, len(ids))
+        event = NewTokens(row.choice, have, new, row.finish_reason, logprobs)
+        if self.is_prompt_told:
+            return event
+        self._held.append(event)
+        return None
+
+    def on_prompt(self, row: PromptRow, epoch: int, now_s: float) -> list[Event]:
+        """New log-probabilities of the prompt, and after the last of them the ids that waited for it; nothing
+        for what is old, doubled, or lies past a gap."""
+        if self.has_ended or row.attempt != self.attempt:
+            self.num_stale_rows += 1
+            return []
+        self._sign(epoch, now_s)
+        part = self._prompt_part
+        if part.is_gap(row):
+            self._ask_soon(now_s)
+        told = part.take(row)
+        if told is None:
+            return []
+        self._progress(now_s)
+        events: list[Event] = [told]
+        if part.is_told:
+            events += self._held
+            self._held.clear()
+            self.has_ended = self._num_open == 0
+        return events
 
     def on_accepted(self, accepted: Accepted, now_s: float) -> None:
         """The scheduler knows the attempt."""
@@ -256,8 +330,18 @@ class RequestState:
         self._last_sign_s = now_s
         self._epoch = epoch
 
-    def _ask_soon(self, now_s: float) -> None:
-        self._ask_at_s = min(self._ask_at_s, now_s + self._rng.uniform(0.0, self._timing.jitter_s))
+    def _progress(self, now_s: float) -> None:
+        """Something new is here: all patience starts anew."""
+        self._num_failures = 0
+        if self._running_since_s != NEVER:
+            self._running_since_s = now_s
+
+    def _ask_soon(self, now_s: float, pause_s: float = 0.0) -> None:
+        """Soon, or after a pause that doubles while nothing more is told of the prompt."""
+        num_doublings = min(self._prompt_part.num_asked_again, 16)
+        pause_s = min(pause_s * (1 << num_doublings), self._timing.max_backoff_s)
+        at_s = now_s + pause_s + self._rng.uniform(0.0, self._timing.jitter_s)
+        self._ask_at_s = min(self._ask_at_s, at_s)
 
     def _patience_s(self) -> float:
         """When silence, or running without a token, has lasted too long."""
@@ -287,12 +371,23 @@ class RequestState:
     def _finish(self, choice: _Choice, reason: FinishReason) -> None:
         choice.finish_reason = reason
         self._num_open -= 1
-        if self._num_open == 0:
+        is_all_unwanted = all(choice.is_unwanted for choice in self._choices)
+        if self._num_open == 0 and (self.is_prompt_told or is_all_unwanted):
             self.has_ended = True
 
+    def _asked_choices(self) -> tuple[ChoiceState, ...]:
+        """What is told of the choices. One that has ended gets no row: its ids are nobody's business any
+        more.
 
-def _message_state(index: int, choice: _Choice) -> ChoiceState:
-    """A choice that has ended gets no row: its ids are nobody's business any more."""
-    if choice.finish_reason is not None:
-        return ChoiceState(index=index, finish_reason=choice.finish_reason)
-    return ChoiceState(index=index, ids=pack_ids(choice.ids))
+        Where only the prompt's log-probabilities are missing, one choice makes its last id once more, since
+        they come with a row.
+        """
+        states = [
+            ChoiceState(index=index, finish_reason=choice.finish_reason)
+            if choice.finish_reason is not None
+            else ChoiceState(index=index, ids=pack_ids(choice.ids))
+            for index, choice in enumerate(self._choices)
+        ]
+        if self._num_open == 0:
+            states[0] = ChoiceState(index=0, ids=pack_ids(self._choices[0].ids[:-1]))
+        return tuple(states)

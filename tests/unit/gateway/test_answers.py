@@ -1,41 +1,14 @@
 """Answers have OpenAI's shapes exactly, streamed or not, for the SDK and as raw bytes."""
 
-import json
-
 import openai
 import pytest
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from tests.support.answers import events, strictly
 from tests.support.gateway import EOS, MODEL, app_client, gateway, ids, say
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
-
-
-def strictly(kind, body: dict) -> None:
-    """Validate against the SDK's type, and refuse keys that it does not declare."""
-    kind.model_validate(body, strict=True)
-    assert no_extras(kind.model_validate(body)) == []
-
-
-def no_extras(value, path: str = "") -> list[str]:
-    """Paths of keys that no declared field took."""
-    if isinstance(value, list):
-        return [found for index, item in enumerate(value) for found in no_extras(item, f"{path}[{index}]")]
-    if not hasattr(value, "model_extra"):
-        return []
-    found = [f"{path}.{key}" for key in (value.model_extra or {})]
-    for name in type(value).model_fields:
-        found += no_extras(getattr(value, name), f"{path}.{name}")
-    return found
-
-
-def events(text: str) -> list[dict]:
-    """The JSON events of a stream that must end with [DONE]."""
-    blocks = [block for block in text.split("\n\n") if block and not block.startswith(":")]
-    assert all(block.startswith("data: ") and "\n" not in block for block in blocks)
-    assert blocks[-1] == "data: [DONE]"
-    return [json.loads(block[6:]) for block in blocks[:-1]]
 
 
 async def test_chat_whole(tmp_path):
@@ -201,15 +174,39 @@ async def test_seeds_differ_without_one(tmp_path):
         assert first.request_id != second.request_id
 
 
-async def test_stop_token_id_is_no_text(tmp_path):
+async def test_stop_token_id_is_text_only_where_that_is_asked_for(tmp_path):
     def script(request):
-        request.tokens([97, 65], finish="stop")
+        request.tokens([97, request.spec.stop_token_ids[0]], finish="stop")
 
     async with app_client(tmp_path, script) as (client, _requester):
         body = {"prompt": "x", "stop_token_ids": [65]}
-        whole = (await client.post("/v1/completions", json=body)).json()
-        assert whole["choices"][0]["text"] == "a"
-        assert whole["usage"]["completion_tokens"] == 2
+        for included, text in ((False, "a"), (True, "aA")):
+            fields = {**body, "include_stop_str_in_output": included}
+            whole = (await client.post("/v1/completions", json=fields)).json()
+            assert whole["choices"][0]["text"] == text
+            assert whole["usage"]["completion_tokens"] == 2
+        eos = {"prompt": "x", "include_stop_str_in_output": True}  # a special token has no text anyway
+        assert (await client.post("/v1/completions", json=eos)).json()["choices"][0]["text"] == "a"
+        eos["skip_special_tokens"] = False
+        assert (await client.post("/v1/completions", json=eos)).json()["choices"][0]["text"] == "a<eos>"
+
+
+async def test_echo_of_a_chat_s_last_message(tmp_path):
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well"}]
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    async with app_client(tmp_path, say(", yes")) as (client, _requester):
+        for messages, fields, text in (
+            (said, {"continue_final_message": True}, "Well, yes"),
+            (said, {"continue_final_message": True, "echo": False}, ", yes"),
+            (said[:1], {}, ", yes"),
+            ([{"role": "user", "content": parts}], {"add_generation_prompt": False}, "a\nb, yes"),
+        ):
+            body = {"messages": messages, "echo": True, **fields}
+            whole = (await client.post("/v1/chat/completions", json=body)).json()
+            assert whole["choices"][0]["message"]["content"] == text
+            streamed = await client.post("/v1/chat/completions", json={**body, "stream": True})
+            chunks = [chunk["choices"][0]["delta"] for chunk in events(streamed.text)]
+            assert "".join(delta.get("content", "") for delta in chunks) == text
 
 
 async def test_the_openai_sdk(tmp_path):

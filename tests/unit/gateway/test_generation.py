@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from pagebus.bus.messages import Sampling
 from pagebus.gateway.counters import Counters
 from pagebus.gateway.errors import ApiError
-from pagebus.gateway.generation import Finished, GenerationRequest, Generations, TextEvent
+from pagebus.gateway.generation_events import Finished, GenerationRequest, TextEvent
+from pagebus.gateway.generations import Generations
 from pagebus.gateway.tokenizer import Tokenizer
 from pagebus.requester.events import NewTokens, RequestFailed
 from tests.support.gateway import EOS, MAX_MODEL_LEN, MODEL, ScriptedRequester, Submitted, byte_model, ids

@@ -12,15 +12,18 @@ from pagebus.bus.messages import (
     Cancel,
     Failed,
     Heartbeat,
+    PromptRow,
     Rejected,
+    Sampling,
     TokenRow,
     Tokens,
     pack_ids,
 )
 from pagebus.requester.client import Requester
-from pagebus.requester.events import Event, RequestFailed, RequestSpec
+from pagebus.requester.events import Event, NewTokens, RequestFailed, RequestSpec
 from tests.support import virtual_time
 from tests.support.fake_server import MODEL, FakeServer, assert_whole
+from tests.support.logprobs import made_up_all
 
 
 class World:
@@ -274,6 +277,73 @@ async def test_closing_ends_what_runs():
         world.requester.submit(spec(), events.append)
 
 
+PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
+
+
+@in_virtual_time
+async def test_log_probabilities_come_once_and_the_prompts_first():
+    async with World() as world:
+        sampling = Sampling(num_logprobs=2, num_prompt_logprobs=1)
+        events: list[Event] = []
+        ticket = world.requester.submit(spec(prompt=PROMPT, num_choices=2, sampling=sampling), events.append)
+        assert ticket.num_cached_tokens is None
+        await asyncio.sleep(1)
+        assert_whole(events, "r", 2, 5, num_logprobs=2, num_prompt_logprobs=1, prompt=PROMPT)
+        assert ticket.num_cached_tokens == 1
+        assert len(world.server.generates) == 1
+
+
+@in_virtual_time
+async def test_what_is_told_of_the_prompt_is_not_asked_for_again():
+    async with World() as world:
+        sampling = Sampling(num_logprobs=0, num_prompt_logprobs=0)
+        events: list[Event] = []
+        world.requester.submit(spec(prompt=PROMPT, sampling=sampling, max_tokens=50), events.append)
+        await asyncio.sleep(0.2)
+        world.bus.disconnect()
+        await asyncio.sleep(1)
+        world.bus.reconnect()
+        await asyncio.sleep(2)
+        assert_whole(events, "r", 1, 50, num_logprobs=0, num_prompt_logprobs=0, prompt=PROMPT)
+        asked = [generate.sampling.num_prompt_logprobs for generate in world.server.generates]
+        assert asked[0] == 0
+        assert set(asked[1:]) == {None}
+        assert len(asked) > 1
+
+
+@in_virtual_time
+async def test_an_owner_that_stops_hears_nothing_more_of_what_was_held_back():
+    async with World() as world:
+        events: list[Event] = []
+        sampling = Sampling(num_prompt_logprobs=0)
+        ids = pack_ids([1, 2])
+
+        def hear(event: Event) -> None:
+            events.append(event)
+            if isinstance(event, NewTokens):
+                ticket.end_choice(event.choice)
+
+        world.server.is_mute = True
+        ticket = world.requester.submit(spec(prompt=[1, 2], num_choices=2, sampling=sampling), hear)
+        await asyncio.sleep(0.01)
+        rows = [TokenRow(request_id="r", choice=c, index=i, ids=ids) for c in (0, 1) for i in (0, 2)]
+        await world.server.send(subjects.out("gw"), Tokens(epoch=1, rows=tuple(rows)))
+        await asyncio.sleep(0.01)
+        assert events == []
+        told = PromptRow(request_id="r", start=1, logprobs=made_up_all([2], 1, 0))
+        await world.server.send(subjects.out("gw"), Tokens(epoch=1, rows=(), prompts=(told,)))
+        await asyncio.sleep(0.01)
+        assert [type(event).__name__ for event in events] == ["PromptLogprobs", "NewTokens", "NewTokens"]
+        assert [event.choice for event in events[1:]] == [0, 1]
+        assert ticket.has_ended
+
+
+def asked(number: int) -> dict:
+    """Some ask for log-probabilities."""
+    sampling = Sampling(num_logprobs=(None, 2)[number % 2], num_prompt_logprobs=(None, 0, 3)[number // 2 % 3])
+    return {"prompt": PROMPT, "sampling": sampling}
+
+
 async def chaos(seed: int, loss: float, num_requests: int) -> None:
     rng = random.Random(seed)
     async with World() as world:
@@ -283,7 +353,8 @@ async def chaos(seed: int, loss: float, num_requests: int) -> None:
             name = f"r{number}"
             heard[name] = []
             world.requester.submit(
-                spec(name, num_choices=1 + number % 3, max_tokens=8, timeout_s=300.0), heard[name].append
+                spec(name, num_choices=1 + number % 3, max_tokens=8, timeout_s=300.0, **asked(number)),
+                heard[name].append,
             )
         for _ in range(10):
             await asyncio.sleep(rng.random() * 3)
@@ -299,7 +370,16 @@ async def chaos(seed: int, loss: float, num_requests: int) -> None:
             if isinstance(events[-1], RequestFailed):
                 assert events[-1].code == "timeout"
                 continue
-            assert_whole(events, name, 1 + number % 3, 8)
+            sampling = asked(number)["sampling"]
+            assert_whole(
+                events,
+                name,
+                1 + number % 3,
+                8,
+                num_logprobs=sampling.num_logprobs,
+                num_prompt_logprobs=sampling.num_prompt_logprobs,
+                prompt=PROMPT,
+            )
         if loss <= 0.3:
             assert not any(isinstance(events[-1], RequestFailed) for events in heard.values())
 

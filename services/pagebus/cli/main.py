@@ -47,12 +47,19 @@ def _status(arguments: Sequence[str]) -> int:
     return status(arguments)
 
 
+def _bench(arguments: Sequence[str]) -> int:
+    from pagebus.cli.bench import bench
+
+    return bench(arguments)
+
+
 COMMANDS = {
     "serve": Command("everything on one machine; without MODEL the bundled one", _serve),
     "gateway": Command("one gateway on the bus at NATS_URL: HTTP and text", _gateway),
     "scheduler": Command("one scheduler on the bus at NATS_URL: batches and KV blocks", _scheduler),
     "executor": Command("one executor on the bus at NATS_URL: tensors", _executor),
     "status": Command("what runs on this machine, and where", _status),
+    "bench": Command("benchmarks; pagebus bench --help lists them", _bench),
 }
 
 

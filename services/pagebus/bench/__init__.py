@@ -1,0 +1,1 @@
+"""Benchmarks of pagebus: programs beside the services, which may import any of them."""

@@ -34,6 +34,7 @@ from pagebus.scheduler.requests import (
     has_valid_addresses,
     read_request,
 )
+from pagebus.scheduler.suspects import MAX_DEATHS, SuspectQueue
 from pagebus.scheduler.waiting import RefusedAttempts, WaitingQueue
 
 ACCEPTED_INTERVAL_S = 15.0
@@ -71,7 +72,8 @@ class RequestBook:
         self._serials = itertools.count(1)
         self._tenants = VirtualCounters(config.tenant_weights)
         self.waiting = WaitingQueue(self._tenants, config.patience_s)
-        self.num_held = 0  # choices that wait for a sibling's prefill
+        self.num_held = 0  # rows that wait for a sibling's prefill, or for other suspects
+        self.suspects = SuspectQueue()
         self.out: list[Action] = []
 
     @property
@@ -116,6 +118,10 @@ class RequestBook:
             request.arrival_s = old.arrival_s
             self.end(old, "replaced", now_s)
         self._start(request, choices, now_s)
+        if request.num_deaths >= MAX_DEATHS and request.rows:
+            why = f"{request.num_deaths} executors died while they ran this request"
+            self._counters["poison"] += 1
+            self.fail(request, "poison_request", why, now_s)
 
     def _check_load(self, num_tokens: int) -> None:
         num_waiting = len(self.waiting) + self.num_held
@@ -156,14 +162,31 @@ class RequestBook:
         if not request.rows:
             self.end(request, "finished", now_s)
             return
-        # The others share the first one's blocks once they are computed.
-        first, *others = request.rows
-        first.state = RowState.WAITING
-        request.prompt_choice = first.choice
-        self.waiting.add(first)
-        self.num_held += len(others)
+        request.prompt_choice = request.rows[0].choice
+        self.num_held += len(request.rows)
+        if request.is_suspect:
+            self.suspects.add(request)
+        else:
+            self._release_first(request)
         heapq.heappush(self._deadlines, (request.deadline_s, request.rows[0].serial, request))
         self._tell_accepted(request, now_s)
+
+    def _release_first(self, request: Request) -> None:
+        """One choice waits for its turn; the others share its blocks once they are computed."""
+        first = request.rows[0]
+        first.state = RowState.WAITING
+        self.num_held -= 1
+        self.waiting.add(first)
+
+    def release_suspects(self) -> None:
+        """Suspects come back one at a time: as many are on their way as executors have none."""
+        num_free = sum(
+            executor.is_ready and executor.suspect is None for executor in self._executors.values()
+        )
+        num_free -= sum(row.request.is_suspect for row in self.waiting)
+        while num_free > 0 and (request := self.suspects.take()) is not None:
+            self._release_first(request)
+            num_free -= 1
 
     def _tell_accepted(self, request: Request, now_s: float) -> None:
         request.last_told_s = now_s
@@ -231,6 +254,8 @@ class RequestBook:
         *,
         is_client_fault: bool = False,
         is_retryable: bool = False,
+        is_suspect: bool = False,
+        was_sole_suspect: bool = False,
     ) -> None:
         """End an attempt and tell its requester why."""
         failed = Failed(
@@ -240,6 +265,8 @@ class RequestBook:
             message=message,
             is_client_fault=is_client_fault,
             is_retryable=is_retryable,
+            is_suspect=is_suspect,
+            was_sole_suspect=was_sole_suspect,
         )
         self.out.append(SendReply(request.reply, failed))
         self.end(request, "failed", now_s, code)
@@ -294,7 +321,7 @@ class RequestBook:
 
     def release_siblings(self, request: Request) -> None:
         """The choices that waited for another one's prefill wait for their turn from now on."""
-        if self.num_held == 0:
+        if self.num_held == 0 or request.is_held_back:
             return
         for row in request.rows:
             if row.state is RowState.HELD:

@@ -7,9 +7,6 @@ does what no plan has to wait for, once that was sent.
 import itertools
 from collections import Counter
 from collections.abc import Mapping
-from typing import NamedTuple
-
-import numpy as np
 
 from pagebus.bus import subjects
 from pagebus.bus.messages import Cancel, DecodeError, Generate, Hello, StepDone, unpack_handles
@@ -18,6 +15,7 @@ from pagebus.scheduler.actions import Action, Probe, SendPlan
 from pagebus.scheduler.blocks import KvPool
 from pagebus.scheduler.book import CoreConfig, RequestBook
 from pagebus.scheduler.executors import MAX_UNACKNOWLEDGED, ExecutorState, ReportError
+from pagebus.scheduler.figures import Figures, figures_of
 from pagebus.scheduler.planner import Budget, choose_horizon, lay_out
 from pagebus.scheduler.requests import Row, RowState
 from pagebus.scheduler.watching import Verdict
@@ -30,19 +28,6 @@ MAX_PLAN_START_BYTES = 2 << 20
 """Rough bytes of new rows' descriptors and tables in one plan."""
 MAX_CHUNK_S = 1.0
 MIN_CHUNK_TOKENS = 64
-
-
-class Figures(NamedTuple):
-    """Load, as heartbeats tell it."""
-
-    num_running: int
-    num_waiting: int
-    num_executors: int
-    num_blocks: int
-    num_free_blocks: int
-    block_size: int
-    max_model_len: int
-    full_model_len: int  # the same before it was lowered to what the pools hold
 
 
 class SchedulerCore:
@@ -89,6 +74,12 @@ class SchedulerCore:
         if self.epoch:
             self._settle_finished()
             self._book.on_cancel(cancel, now_s)
+
+    def on_reconnect(self, now_s: float) -> None:
+        """The bus was away, and with it everybody: their silence says nothing."""
+        for executor in self._executors.values():
+            executor.hear(now_s)
+            executor.progress_s = now_s
 
     def on_fault(self, generate: Generate, now_s: float) -> None:
         """Handling this raised: fail it alone."""
@@ -162,8 +153,18 @@ class SchedulerCore:
         self._stuck = (0, 0)
         executor.is_lost = True
         rows = [*executor.rows.values(), *(entry.row for entry in executor.returning)]
+        suspect = None if executor.suspect is None else executor.suspect.request
         for request in {row.request: None for row in rows if row.state is not RowState.OVER}:
-            self._book.fail(request, "executor_lost", why, now_s, is_retryable=True)
+            is_suspect = suspect is None or request is suspect
+            self._book.fail(
+                request,
+                "executor_lost",
+                why,
+                now_s,
+                is_retryable=True,
+                is_suspect=is_suspect,
+                was_sole_suspect=request is suspect,
+            )
         executor.forget_rows()
 
     # -- reports ---------------------------------------------------------------------------------------------
@@ -191,6 +192,8 @@ class SchedulerCore:
         except ReportError as error:
             self._give_up(executor, f"executor {done.executor} sent a broken report: {error}", now_s)
             return
+        if executor.suspect is not None:
+            executor.clear_suspect(self._horizon(executor) + 2)
         for row in completed:
             self._book.prefill_done(row, now_s)
         for handle, message in done.failed.items():
@@ -284,6 +287,8 @@ class SchedulerCore:
     def plan(self, now_s: float) -> list[Action]:
         """All that is to be sent now: replies, at most one new plan an executor, and repeated ones."""
         if self.epoch:
+            if self._book.suspects:
+                self._book.release_suspects()
             if self._book.waiting:
                 self._place_waiting(now_s)
             for executor in self._executors.values():
@@ -320,33 +325,8 @@ class SchedulerCore:
         """Preempt for a row that has waited too long, or for one with a better priority."""
         is_starving = self._book.waiting.is_starving(row, now_s)
         for executor in self._executors.values():
-            if not executor.is_ready or row.end_position > executor.max_len:
-                continue
-            patience_s = self._config.patience_s
-            victims = [
-                rows
-                for rows in placing.by_loss(executor, now_s, patience_s)
-                if (
-                    rows[0].request.priority > row.request.priority
-                    and not any(placing.is_protected(executor, each, now_s, patience_s) for each in rows)
-                )
-                or (
-                    is_starving
-                    and all(placing.has_had_its_turn(executor, each, now_s, patience_s) for each in rows)
-                )
-            ]
-            coming = np.array(executor.num_returning_blocks)
-            leaving: list[Row] = []
-            has_room = False
-            while not has_room:
-                num_free = executor.max_num_seqs - len(executor.rows) + len(leaving)
-                has_room = num_free > 0 and placing.could_fit(executor, row, coming)
-                if has_room or not victims:
-                    break
-                rows = victims.pop(0)
-                coming += placing.num_held(executor, rows)
-                leaving += rows
-            if has_room:
+            leaving = placing.rows_in_the_way(executor, row, is_starving, now_s, self._config.patience_s)
+            if leaving is not None:
                 self._preempt(executor, leaving, now_s)
                 return
 
@@ -360,8 +340,11 @@ class SchedulerCore:
             self._book.waiting.add(row)
             self._book.release_siblings(row.request)
 
+    def _horizon(self, executor: ExecutorState) -> int:
+        return self._config.horizon or choose_horizon(executor.pace.step_s)
+
     def _plan_executor(self, executor: ExecutorState, now_s: float) -> None:
-        horizon = self._config.horizon or choose_horizon(executor.step_s)
+        horizon = self._horizon(executor)
         while victims := placing.give_blocks(executor, horizon, now_s, self._config.patience_s):
             if executor.has_ended_rows:
                 self._book.pay(executor.settle())  # perhaps nobody has to go
@@ -369,10 +352,10 @@ class SchedulerCore:
             self._preempt(executor, victims, now_s)
         executor.is_due = False  # what was released just now is in this plan
         num_step_tokens = self._config.max_num_batched_tokens
-        if executor.prefill_s > 0:
+        if executor.pace.prefill_s > 0:
             num_step_tokens = min(
                 num_step_tokens,
-                max(MIN_CHUNK_TOKENS + len(executor.rows), int(MAX_CHUNK_S / executor.prefill_s)),
+                max(MIN_CHUNK_TOKENS + len(executor.rows), int(MAX_CHUNK_S / executor.pace.prefill_s)),
             )
         budget = Budget(num_steps=horizon, num_step_tokens=num_step_tokens, num_chunk_tokens=MAX_PLAN_IDS)
         steps = lay_out(executor.slots, list(executor.prefilling.values()), budget)
@@ -385,14 +368,4 @@ class SchedulerCore:
     @property
     def figures(self) -> Figures:
         """Load over all live executors."""
-        live = [executor for executor in self._executors.values() if not executor.is_lost]
-        return Figures(
-            num_running=sum(len(executor.rows) for executor in live),
-            num_waiting=len(self._book.waiting) + self._book.num_held,
-            num_executors=len(live),
-            num_blocks=sum(executor.kv.main.num_blocks for executor in live),
-            num_free_blocks=sum(executor.kv.main.num_free for executor in live),
-            block_size=live[0].kv.groups[0].block_size if live else 16,
-            max_model_len=self._book.max_model_len,
-            full_model_len=min((executor.full_len for executor in live), default=0),
-        )
+        return figures_of(self._executors.values(), self._book)

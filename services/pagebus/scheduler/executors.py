@@ -15,6 +15,7 @@ import numpy as np
 from pagebus.bus.messages import Hello, Plan, PoolGroup, Step, StepDone, pack_handles
 from pagebus.scheduler.blocks import Ints, KvPool
 from pagebus.scheduler.journal import Journal
+from pagebus.scheduler.pace import Pace
 from pagebus.scheduler.prefix import Hit
 from pagebus.scheduler.requests import Row, RowState
 from pagebus.scheduler.slots import SlotTable
@@ -22,7 +23,6 @@ from pagebus.scheduler.slots import SlotTable
 RESEND_INTERVAL_S = 0.2
 MAX_UNACKNOWLEDGED = 8
 """Plans under way after which new ones wait: a deaf executor must not fill the scheduler's memory."""
-_SMOOTHING = 0.2  # weight of the newest step in the mean step time
 
 
 class ReportError(Exception):
@@ -75,8 +75,7 @@ class ExecutorState:
         self.num_steps = 0  # StepDones processed, in order
         self.num_steps_told = 0  # ... as the newest plan says
         self.is_lost = False
-        self.step_s = 0.0  # smoothed duration of a step; 0: unknown
-        self.prefill_s = 0.0  # smoothed duration of a prompt's token
+        self.pace = Pace()
         self.num_changes = 0  # counts what may give a waiting row room
         self._handle_source = handles
         self.is_caching = is_caching
@@ -97,6 +96,7 @@ class ExecutorState:
         self.handles: set[int] = set()  # what the executor holds after the newest plan
         self.released: list[int] = []  # handles that the next plan releases
         self.new_rows: dict[int, Row] = {}  # not described yet
+        self.suspect: Row | None = None  # runs here, and has not shown yet that it is harmless
         self.returning: deque[Returning] = deque()
         self.unacknowledged: deque[SentPlan] = deque()
         self._journal = Journal(self.slots, is_caching=self.is_caching)
@@ -161,6 +161,8 @@ class ExecutorState:
         for g, source in copies:
             own = slots.tables[g][slot, row.num_cached // self.kv.sizes[g]]
             row.copies.extend((g, source, int(own)))
+        if row.request.is_suspect:
+            self.suspect = row
         self.rows[row.handle] = self.prefilling[row.handle] = self.new_rows[row.handle] = row
         self.is_due = True
 
@@ -175,6 +177,8 @@ class ExecutorState:
         Otherwise they are free once the executor has taken the next plan, which releases the row.
         """
         handle = row.handle
+        if row is self.suspect:
+            self.suspect = None
         del self.rows[handle]
         self.slots.stop(row.slot)
         if self.prefilling.pop(handle, None) is not None and row.is_told:
@@ -245,7 +249,7 @@ class ExecutorState:
             ids, made_positions = ids[made_slots >= 0], made_positions[made_slots >= 0]
             made_slots = made_slots[made_slots >= 0]
         num_tokens = int((positions - table.position[slots]).sum()) if self.prefilling else len(slots)
-        self._learn_pace(num_tokens, len(slots), done.duration_us / 1e6)
+        self.pace.note(num_tokens, len(slots), done.duration_us / 1e6)
         table.position[slots] = positions
         if len(ids):
             self._journal.note_ids(made_slots, made_positions, ids, now_s)
@@ -257,14 +261,6 @@ class ExecutorState:
             del self.prefilling[row.handle]
         return completed
 
-    def _learn_pace(self, num_tokens: int, num_rows: int, duration_s: float) -> None:
-        if duration_s <= 0.0 or num_rows == 0:
-            return
-        if num_tokens <= num_rows:
-            self.step_s = _smoothed(self.step_s, duration_s)
-        elif num_tokens > num_rows + 64:
-            self.prefill_s = _smoothed(self.prefill_s, duration_s / num_tokens)
-
     @property
     def has_unsettled(self) -> bool:
         """Whether `settle` has anything to do."""
@@ -274,6 +270,14 @@ class ExecutorState:
     def has_ended_rows(self) -> bool:
         """Whether `settle` would free blocks."""
         return bool(self._ended)
+
+    def clear_suspect(self, num_harmless: int) -> None:
+        """A suspect that has made so many ids since it came back is none any more."""
+        row = self.suspect
+        if row is not None and self.slots.position[row.slot] >= row.num_ids + num_harmless - 1:
+            row.request.is_suspect = False
+            self.suspect = None
+            self.num_changes += 1
 
     def settle(self) -> dict[int, int]:
         """Do what can wait until a plan was sent: ids, digests, blocks of rows that ended.
@@ -382,7 +386,3 @@ class ExecutorState:
         if hello.plan < self.sequence or self.unacknowledged:
             return False  # plans are under way, or this Hello is late
         return hello.has_gap or set(handles) != self.handles
-
-
-def _smoothed(mean: float, value: float) -> float:
-    return value if mean == 0.0 else mean + _SMOOTHING * (value - mean)

@@ -148,7 +148,7 @@ def choose_place(executors: Iterable[ExecutorState], row: Row) -> Place | None:
     for executor in executors:
         if not executor.is_ready or executor.is_short or not executor.has_room:
             continue
-        if row.end_position > executor.max_len:
+        if row.end_position > executor.max_len or (row.request.is_suspect and executor.suspect is not None):
             continue
         place = _shared_start(executor, row)
         needed = num_needed(executor, row, place.hit)
@@ -166,7 +166,36 @@ def choose_place(executors: Iterable[ExecutorState], row: Row) -> Place | None:
     return best[1] if best else None
 
 
-def could_fit(executor: ExecutorState, row: Row, num_coming: Ints) -> bool:
+def rows_in_the_way(
+    executor: ExecutorState, row: Row, is_starving: bool, now_s: float, patience_s: float
+) -> list[Row] | None:
+    """The rows whose places a waiting row may take so that it fits (none: others leave already), or None.
+
+    It may take those of rows with a worse priority; one that starves those of all that had their turn.
+    """
+    if not executor.is_ready or row.end_position > executor.max_len:
+        return None
+
+    def may_go(rows: list[Row]) -> bool:
+        if rows[0].request.priority > row.request.priority:
+            return not any(is_protected(executor, each, now_s, patience_s) for each in rows)
+        return is_starving and all(has_had_its_turn(executor, each, now_s, patience_s) for each in rows)
+
+    victims = [rows for rows in by_loss(executor, now_s, patience_s) if may_go(rows)]
+    coming = np.array(executor.num_returning_blocks)
+    leaving: list[Row] = []
+    while True:
+        num_free = executor.max_num_seqs - len(executor.rows) + len(leaving)
+        if num_free > 0 and _could_fit(executor, row, coming):
+            return leaving
+        if not victims:
+            return None
+        rows = victims.pop(0)
+        coming += num_held(executor, rows)
+        leaving += rows
+
+
+def _could_fit(executor: ExecutorState, row: Row, num_coming: Ints) -> bool:
     """Whether the row fits once `num_coming` blocks, by group, are free."""
     needed = num_needed(executor, row, _shared_start(executor, row).hit)
     return all(

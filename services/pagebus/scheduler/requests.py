@@ -159,6 +159,9 @@ class Request:
     first_token_s: float | None = None
     num_preemptions: int = 0
     num_generated: int = 0
+    is_suspect: bool = False  # its executor died, perhaps of it; until it has shown that it is harmless
+    is_held_back: bool = False  # a suspect whose turn has not come
+    num_deaths: int = 0  # of executors that had it as their only suspect
     prompt_choice: int = 0  # whose row tells the prompt's log-probabilities
     rows: list[Row] = field(default_factory=list)  # those that are not over
     finishes: dict[int, str] = field(default_factory=dict)  # by choice, of this attempt
@@ -292,6 +295,8 @@ def read_request(
         priority=generate.priority,
         tenant=generate.tenant,
         root=root_digest(generate.tenant, generate.cache_salt),
+        is_suspect=generate.is_suspect,
+        num_deaths=generate.num_sole_suspect_deaths,
         headers=headers,
         arrival_s=now_s,
         deadline_s=now_s + generate.time_left_ms / 1000,

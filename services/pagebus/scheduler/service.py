@@ -157,6 +157,7 @@ class SchedulerService:
             self._counters["paused"] += 1
             self._has_reconnected = False
             await self._leadership.check()
+            self._core.on_reconnect(time.monotonic())
         self._follow_term()
         self._drain()
         self._follow_term()

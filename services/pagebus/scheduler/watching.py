@@ -44,9 +44,9 @@ def watch(executor: ExecutorState, num_step_tokens: int, now_s: float) -> Verdic
 
 
 def _longest_step_s(executor: ExecutorState, num_step_tokens: int) -> float:
-    expected_s = executor.step_s
-    if executor.prefilling or executor.step_s == 0.0:
-        if executor.prefill_s == 0.0:
+    expected_s = executor.pace.step_s
+    if executor.prefilling or executor.pace.step_s == 0.0:
+        if executor.pace.prefill_s == 0.0:
             return UNKNOWN_STEP_S
-        expected_s += executor.prefill_s * num_step_tokens
+        expected_s += executor.pace.prefill_s * num_step_tokens
     return max(HANG_S, _EXPECTED_STEPS * expected_s)

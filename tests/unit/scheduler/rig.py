@@ -190,7 +190,7 @@ class Rig:
         self.plan()
         while self.to_executors:
             self.deliver_plan()
-        for name in self.executors:
+        for name in list(self.executors):
             self.step(name)
         while self.to_core:
             self.deliver_to_core()

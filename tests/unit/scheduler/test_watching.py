@@ -83,7 +83,7 @@ def test_silence(has_work, silence_s):
 def test_a_stuck_executor_says_hello_and_is_given_up_and_gets_nothing_until_it_moves():
     rig, holder = running(num_executors=2)
     core = rig.core._executors[holder]
-    core.step_s = 0.01  # it has shown its pace
+    core.pace.step_s = 0.01  # it has shown its pace
     other = next(name for name in rig.executors if name != holder)
     wait(rig, 2.9, says_hello=True)
     assert failures(rig) == []
@@ -100,7 +100,7 @@ def test_a_stuck_executor_says_hello_and_is_given_up_and_gets_nothing_until_it_m
 
 def test_one_whose_pace_is_unknown_may_be_compiling():
     rig, holder = running()
-    assert rig.core._executors[holder].step_s == 0.0
+    assert rig.core._executors[holder].pace.step_s == 0.0
     wait(rig, 50.0, says_hello=True)
     assert failures(rig) == []
     wait(rig, 11.0, says_hello=True)

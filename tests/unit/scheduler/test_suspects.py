@@ -1,0 +1,144 @@
+"""After an executor dies its requests come back one at a time, as suspects; only poison is condemned."""
+
+import random
+
+import pytest
+
+from pagebus.bus.messages import Failed, PoolGroup
+from tests.unit.scheduler.model_executor import expected_ids
+from tests.unit.scheduler.rig import Rig, executor
+
+
+class Deaths(Rig):
+    """Requesters pass on what `Failed` says; executors die of a poisoned request, or at random."""
+
+    def __init__(self, num_executors, poison=None, **config):
+        self.num_started = 0
+        super().__init__([], **config)
+        self.poison = poison
+        self.suspicion = {}  # by request: (is suspect, deaths)
+        self.most_suspects = 0
+        for _ in range(num_executors):
+            self.start_executor()
+
+    def start_executor(self):
+        self.num_started += 1
+        started = executor(f"e{self.num_started}", pool=(PoolGroup(num_blocks=200),))
+        self.executors[started.name] = started
+        self.to_core.append(started.hello())
+
+    def kill(self, name):
+        del self.executors[name]
+        self.to_core = [message for message in self.to_core if message.executor != name]
+        self.start_executor()
+        for _ in range(2):
+            self.core.on_no_responders(name, self.now)
+
+    def ask(self, request_id, *args, **fields):
+        self.suspicion[request_id] = (False, 0)
+        super().ask(request_id, *args, **fields)
+
+    def _reply(self, message):
+        if isinstance(message, Failed) and message.is_retryable:
+            is_suspect, deaths = self.suspicion[message.request_id]
+            is_suspect |= message.is_suspect
+            deaths += message.was_sole_suspect
+            self.suspicion[message.request_id] = (is_suspect, deaths)
+            prompt, max_tokens, fields = self.specs[message.request_id]
+            fields = {**fields, "is_suspect": is_suspect, "num_sole_suspect_deaths": deaths}
+            self.specs[message.request_id] = (prompt, max_tokens, fields)
+        super()._reply(message)
+
+    def step(self, name):
+        if name not in self.executors:
+            return
+        rows = self.executors[name].in_flight[1] if self.executors[name].in_flight else []
+        suspects = {row.start.request_id for row, _ in rows if row.start.request_id in self.suspicion}
+        self.most_suspects = max(
+            self.most_suspects, sum(self.is_suspect_now(name, each) for each in suspects)
+        )
+        if self.poison is not None and any(self.poison(row) for row, _ in rows):
+            self.kill(name)
+            return
+        super().step(name)
+
+    def is_suspect_now(self, name, request_id):
+        known = self.core._executors.get(name)
+        return known is not None and any(
+            row.request.request_id == request_id and row.request.is_suspect for row in known.rows.values()
+        )
+
+
+def prompt_of(i):
+    return [1000 * (i + 1) + p for p in range(20 + i)]
+
+
+def check(rig, poisoned=()):
+    for name in poisoned:
+        assert rig.ends[name] == "poison_request"
+    assert all(end == "finished" for name, end in rig.ends.items() if name not in poisoned)
+    rig.check_results(lambda name: expected_ids(*rig.specs[name][:2]))
+    rig.check_blocks()
+
+
+@pytest.mark.parametrize("at", [0, 1, 25])
+@pytest.mark.parametrize("num_executors", [1, 2, 3])
+def test_a_poison_request_fails_alone(at, num_executors):
+    """Whether it kills by its prompt or in mid-stream."""
+
+    def poison(row):
+        return row.start.request_id == "r7" and row.num_generated >= at
+
+    rig = Deaths(num_executors, poison)
+    for i in range(32):
+        rig.ask(f"r{i}", prompt_of(i), 40)
+        rig.turn()
+    rig.run()
+    check(rig, poisoned=("r7",))
+    assert rig.num_started - num_executors <= 4
+    assert rig.most_suspects <= 1, "suspects come back one at a time"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_ten_random_deaths_condemn_nobody(seed):
+    """A death while a suspect runs alone counts against it, once: the next one finds it cleared."""
+    rng = random.Random(seed)
+    rig = Deaths(2)
+    for i in range(12):
+        rig.ask(f"r{i}", prompt_of(i), 900)
+    for _ in range(10):
+        for _ in range(rng.randint(60, 140)):
+            rig.turn()
+        rig.kill(rng.choice(sorted(rig.executors)))
+    rig.run()
+    check(rig)
+
+
+def test_a_suspect_that_got_on_is_none_any_more():
+    rig = Deaths(1, horizon=4)
+    rig.ask("a", prompt_of(0), 100)
+    for _ in range(10):
+        rig.turn()
+    rig.kill("e1")
+    for _ in range(40):
+        rig.turn()
+    (known,) = [each for each in rig.core._executors.values() if not each.is_lost]
+    assert known.suspect is None
+    assert known.rows
+    rig.run()
+    check(rig)
+
+
+def test_a_cancelled_suspect_holds_nobody_up():
+    rig = Deaths(1)
+    for name in ("a", "b", "c"):
+        rig.ask(name, prompt_of(ord(name)), 100)
+    for _ in range(10):
+        rig.turn()
+    rig.kill("e1")
+    rig.plan()
+    for name in ("a", "b"):
+        rig.cancel(name)
+    rig.run()
+    assert rig.ends == {"a": "cancelled", "b": "cancelled", "c": "finished"}
+    assert rig.core.figures.num_waiting == 0

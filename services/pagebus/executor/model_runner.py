@@ -12,19 +12,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from pagebus.bus.messages import PoolGroup
+from pagebus.bus.messages import Logprobs, PoolGroup
 from pagebus.executor.attention import AttentionCall, answering
-from pagebus.executor.batch import RowInput, RowOutput
+from pagebus.executor.batch import BlockCopy, RowInput, RowOutput
 from pagebus.executor.errors import ModelError
-from pagebus.executor.kv_cache import PagedCache
+from pagebus.executor.kv_cache import PagedCache, needs_of
+from pagebus.executor.linears import padded_size
 from pagebus.executor.loader import LoadedModel, load_model
-from pagebus.executor.memory import keep_freed_memory, num_kv_blocks, num_physical_cores
-from pagebus.executor.sampling import Draw, sample
+from pagebus.executor.logits_processors import flaw_of
+from pagebus.executor.logprobs import describe, describe_each, joined
+from pagebus.executor.memory import blocks_of_groups, keep_freed_memory, num_physical_cores
+from pagebus.executor.sampling import sample
+from pagebus.executor.scan import Scan, scan
 from pagebus.kernels.kv_write import BLOCK_SIZE
 from pagebus.kernels.paged_attention import RowSpan
 from pagebus.settings.structs import ExecutorSettings
 
 _log = logging.getLogger(__name__)
+
+_HEAD_BYTES = 64 << 20  # of float32 logits of prompt positions at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +47,12 @@ class _Batch:
 class ModelRunner:
     """Runs steps of a loaded model on pages of its own."""
 
-    def __init__(self, loaded: LoadedModel, num_blocks: int) -> None:
+    def __init__(self, loaded: LoadedModel, num_blocks: Sequence[int]) -> None:
         self._loaded = loaded
         self._device = loaded.device
         self._cache = PagedCache(loaded.specs, num_blocks, loaded.dtype, loaded.device)
         self._is_finite = torch.empty(0, dtype=torch.bool)
+        self._hidden: object = None  # the body's output in this step
         base = loaded.model.base_model
         if base is loaded.model:
             raise ModelError(f"{loaded.model.config.model_type} has no model below its head")
@@ -59,6 +66,10 @@ class ModelRunner:
     def max_model_len(self) -> int:
         return self._loaded.max_model_len
 
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy whole blocks, in order, before the next step. Raises `ValueError` for a block that is none."""
+        self._cache.copy(copies)
+
     @torch.inference_mode()
     def step(self, rows: Sequence[RowInput]) -> list[RowOutput]:
         """Write the rows' KV, attend, and sample: one output a row, in order. A bad row fails alone."""
@@ -70,7 +81,11 @@ class ModelRunner:
         sampled = [n for n, i in enumerate(batch.rows) if rows[i].is_sampled]
         logits = self._forward(batch, [batch.last[n] for n in sampled])
         self._fail_broken(rows, batch, outputs)
+        for i, last in zip(batch.rows, batch.last, strict=True):
+            if rows[i].sampling.num_prompt_logprobs is not None and outputs[i].error is None:
+                self._tell_prompt(rows[i], batch, last + 1 - len(rows[i].ids), outputs[i])
         self._sample(rows, [batch.rows[n] for n in sampled], logits, outputs)
+        self._hidden = None
         return outputs
 
     def logits(self, rows: Sequence[RowInput]) -> torch.Tensor:
@@ -96,12 +111,14 @@ class ModelRunner:
         if len(row.tables) != len(self._cache.windows):
             return f"{len(row.tables)} block tables for {len(self._cache.windows)} KV groups"
         first, last = row.start // BLOCK_SIZE, (end - 1) // BLOCK_SIZE
-        for table, window in zip(row.tables, self._cache.windows, strict=True):
+        for group, (table, window) in enumerate(zip(row.tables, self._cache.windows, strict=True)):
             needed = first if window is None else max(0, row.start - window + 1) // BLOCK_SIZE
             seen = table[0 if window is None else needed : last + 1]
-            if len(table) <= last or min(seen) < 0 or max(seen) >= self._cache.num_blocks:
+            if len(table) <= last or min(seen) < 0 or max(seen) >= self._cache.num_blocks[group]:
                 return f"the block table does not cover positions up to {end - 1}"
-        return None
+        if row.sampling.num_prompt_logprobs is not None and len(row.history) < min(end + 1, row.num_prompt):
+            return f"{len(row.history)} of the prompt's {row.num_prompt} ids came where all are needed"
+        return flaw_of(row.sampling)
 
     def _prepare(self, rows: Sequence[RowInput], good: list[int]) -> _Batch:
         """Beat one: flat ids and positions, and where everything lies."""
@@ -135,22 +152,36 @@ class ModelRunner:
         def attend(call: AttentionCall) -> torch.Tensor:
             return self._cache.attend(call, steps)
 
+        with answering(attend):
+            return self._call(batch, wanted)
+
+    def _call(self, batch: _Batch, wanted: list[int]) -> torch.Tensor:
         # The head computes few rows, and as many as kernels exist for: padded like the tokens.
         keep = wanted + [0] * (padded_size(len(wanted)) - len(wanted))
-        with answering(attend):
-            out = self._loaded.model(
-                input_ids=batch.ids,
-                position_ids=batch.positions,
-                use_cache=False,
-                logits_to_keep=torch.tensor(keep, device=self._device),
-            )
+        out = self._loaded.model(
+            input_ids=batch.ids,
+            position_ids=batch.positions,
+            use_cache=False,
+            logits_to_keep=torch.tensor(keep, device=self._device),
+        )
         logits: torch.Tensor = out.logits
         return logits[0, : len(wanted)]
+
+    def _more_logits(self, batch: _Batch, wanted: list[int]) -> torch.Tensor:
+        """As `_forward`, of tokens of the same step: the head alone, over what the body gave."""
+        model = self._loaded.model
+        name, body = model.base_model_prefix, model.base_model
+        setattr(model, name, _Given(self._hidden))
+        try:
+            return self._call(batch, wanted)
+        finally:
+            setattr(model, name, body)
 
     def _note_finite(self, _module: nn.Module, _inputs: object, output: object) -> None:
         """After the model's body: which tokens' hidden states are finite."""
         hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state  # type: ignore[attr-defined]
         self._is_finite = torch.isfinite(hidden[0].sum(-1))
+        self._hidden = output
 
     def _fail_broken(self, rows: Sequence[RowInput], batch: _Batch, outputs: list[RowOutput]) -> None:
         """Rows with NaN or infinity fail, and their blocks are cleared before anyone else gets them."""
@@ -168,33 +199,70 @@ class ModelRunner:
         first = row.start // BLOCK_SIZE
         self._cache.clear([list(table[first:]) for table in row.tables])
 
+    def _tell_prompt(self, row: RowInput, batch: _Batch, first: int, output: RowOutput) -> None:
+        """Log-probabilities of the prompt's ids after the row's positions; `first`: its first flat token."""
+        ids = list(row.history[row.start + 1 : min(row.start + len(row.ids) + 1, row.num_prompt)])
+        told: list[Logprobs] = []
+        for at in range(0, len(ids), self._num_at_once):
+            some = ids[at : at + self._num_at_once]
+            tokens = range(first + at, first + at + len(some))
+            scanned = scan(self._more_logits(batch, list(tokens)).float())
+            if min(some) < 0 or max(some) >= scanned.vocabulary:
+                output.error = f"an id lies outside the {scanned.vocabulary} that the model can make"
+            elif not bool(torch.isfinite(scanned.tops).all()):
+                output.error = "the model made logits that are not finite"
+            else:
+                told.append(describe(scanned, some, row.sampling.num_prompt_logprobs or 0))
+        if told and output.error is None:
+            output.prompt_logprobs = joined(told)
+
+    @property
+    def _num_at_once(self) -> int:
+        """Prompt positions whose logits are computed at once; the sizes of `padded_size` are such."""
+        num = _HEAD_BYTES // (4 * self._loaded.vocab_size)
+        return max(2, num // 64 * 64 if num >= 64 else num // 8 * 8)
+
     def _sample(
         self, rows: Sequence[RowInput], sampled: list[int], logits: torch.Tensor, outputs: list[RowOutput]
     ) -> None:
         """Beat three: one id for each of the rows `sampled`, whose logits stand in that order."""
-        is_finite = torch.isfinite(logits.amax(-1)).tolist()
-        chosen = [n for n, i in enumerate(sampled) if is_finite[n] and outputs[i].error is None]
-        for n, i in enumerate(sampled):
-            if not is_finite[n] and outputs[i].error is None:
-                outputs[i].error = "the model made logits that are not finite"
-        if not chosen:
+        good = [n for n, i in enumerate(sampled) if outputs[i].error is None]
+        if not good:
             return
-        wanted = [rows[sampled[n]] for n in chosen]
-        draws = [Draw(row.sampling, row.choice, row.index) for row in wanted]
-        picked = logits if len(chosen) == len(sampled) else logits[chosen]
-        for n, token in zip(chosen, sample(picked, draws).tolist(), strict=True):
-            outputs[sampled[n]].id = token
+        scanned = scan(logits.float()).some(good)
+        sampled = [sampled[n] for n in good]
+        made = sample(scanned, [rows[i] for i in sampled])
+        for n, i in enumerate(sampled):
+            if n in made.flaws:
+                outputs[i].error = made.flaws[n]
+            else:
+                outputs[i].id = made.ids[n]
+        _tell(scanned, [rows[i] for i in sampled], [outputs[i] for i in sampled])
 
 
-def padded_size(num_tokens: int) -> int:
-    """Tokens computed for `num_tokens`: few sizes, as oneDNN compiles a kernel for each (about 1 ms).
+class _Given(nn.Module):
+    """Stands in for a model's body, with an output that it gave."""
 
-    Steps of 2 up to 16, then about an eighth more at most.
-    """
-    step = 2
-    while step * 16 < num_tokens and step < 64:
-        step *= 2
-    return max(2, -(-num_tokens // step) * step)
+    def __init__(self, output: object) -> None:
+        super().__init__()
+        self._output = output
+
+    def forward(self, *_: object, **__: object) -> object:
+        return self._output
+
+
+def _tell(scanned: Scan, rows: Sequence[RowInput], outputs: Sequence[RowOutput]) -> None:
+    """The log-probabilities of ids that were made, where rows ask for them."""
+    places, ids, nums_top = [], [], []
+    for n, (row, output) in enumerate(zip(rows, outputs, strict=True)):
+        if row.sampling.num_logprobs is not None and output.id is not None:
+            places.append(n)
+            ids.append(output.id)
+            nums_top.append(row.sampling.num_logprobs)
+    if places:
+        told = describe_each(scanned.some(places), ids, nums_top)
+        for n, of_row in zip(places, told, strict=True):
+            outputs[n].logprobs = of_row
 
 
 def build_runner(settings: ExecutorSettings, path: Path) -> ModelRunner:
@@ -205,7 +273,6 @@ def build_runner(settings: ExecutorSettings, path: Path) -> ModelRunner:
     device = _choose_device(settings)
     if device == "cpu":
         torch.set_num_threads(settings.num_threads or num_physical_cores())
-        keep_freed_memory()
     loaded = load_model(
         path,
         dtype=settings.dtype,
@@ -214,8 +281,10 @@ def build_runner(settings: ExecutorSettings, path: Path) -> ModelRunner:
         seed=settings.seed,
         max_model_len=settings.max_model_len,
     )
-    num_blocks = num_kv_blocks(
-        bytes_a_block=sum(spec.bytes_a_block(loaded.dtype) for spec in loaded.specs),
+    if device == "cpu":
+        keep_freed_memory()  # from now on; loading gives back what it frees
+    num_blocks = blocks_of_groups(
+        needs_of(loaded.specs, loaded.dtype),
         max_model_len=loaded.max_model_len,
         device=loaded.device,
         kv_cache_memory=settings.kv_cache_memory,

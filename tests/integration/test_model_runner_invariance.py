@@ -10,17 +10,19 @@ from pagebus.executor.batch import RowInput
 from pagebus.executor.linears import can_pack
 from pagebus.executor.model_runner import ModelRunner, build_runner
 from pagebus.settings.structs import Dtype, ExecutorSettings
-from tests.support.models import VOCAB_SIZE, make_model
+from tests.support.models import FAMILIES, VOCAB_SIZE, make_model
 from tests.support.rows import GREEDY, Blocks
 
-KINDS = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "granite", "nemotron", "olmo2"]
+KINDS = sorted({*FAMILIES} - {"phi3_long", "deepseek_v2_lite"})  # those have no operators of their own
+TWO_THREADS = ("qwen3", "deepseek_v3", "gpt_oss")  # one is enough to see most, and faster on a busy machine
+LENGTH = 203  # two tiles of keys, the second half full
 DTYPES: list[Dtype] = ["float32", "bfloat16"]
 
 
 def build(tmp_path: Path, kind: str, dtype: Dtype) -> ModelRunner:
     if not can_pack(getattr(torch, dtype)):
         pytest.skip(f"no packed linears for {dtype} on this machine")
-    num_threads = 2 if kind == "qwen3" else 1  # one is enough to see most, and faster on a busy machine
+    num_threads = 2 if kind in TWO_THREADS else 1
     settings = ExecutorSettings(dtype=dtype, device="cpu", kv_cache_memory="128MiB", num_threads=num_threads)
     return build_runner(settings, make_model(kind, tmp_path / kind, has_tokenizer=False))
 
@@ -45,12 +47,20 @@ def chunked(runner: ModelRunner, blocks: Blocks, ids: list[int], cuts: list[int]
 def test_chunks_do_not_matter(tmp_path: Path, kind: str, dtype: Dtype) -> None:
     runner = build(tmp_path, kind, dtype)
     blocks = Blocks(runner)
-    ids = prompt_of(1, 303)
+    ids = prompt_of(1, LENGTH)
     whole = chunked(runner, blocks, ids, [])
     rng = random.Random(2)
-    ways = [[302], [1], [128], [129], [100, 101, 102, 300, 301, 302], sorted(rng.sample(range(1, 303), 20))]
+    last = LENGTH - 1
+    ways = [
+        [last],
+        [1],
+        [128],
+        [129],
+        [100, 101, 102, last - 1, last],
+        sorted(rng.sample(range(1, last), 12)),
+    ]
     if kind == "qwen3":
-        ways.append(list(range(1, 303)))  # by decode alone
+        ways.append(list(range(1, LENGTH)))  # by decode alone
     for cuts in ways:
         assert torch.equal(chunked(runner, blocks, ids, cuts), whole), cuts
 
@@ -63,7 +73,7 @@ def test_the_batch_does_not_matter(tmp_path: Path, kind: str, dtype: Dtype) -> N
     rng = random.Random(3)
     rows, alone = [], []
     for seed in range(33):
-        ids = prompt_of(seed, rng.choice([1, 2, 5, 16, 17, 40, 127, 128, 129, 260]))
+        ids = prompt_of(seed, rng.choice([1, 2, 5, 16, 17, 40, 127, 128, 129, 145]))
         tables = blocks.tables(len(ids))
         if seed % 3 and len(ids) > 1:  # a decoding row: all but the last id lie in the pages
             runner.step([RowInput(ids[:-1], 0, tables, GREEDY, is_sampled=False)])
@@ -71,8 +81,8 @@ def test_the_batch_does_not_matter(tmp_path: Path, kind: str, dtype: Dtype) -> N
         else:
             rows.append(RowInput(ids, 0, tables, GREEDY))
         alone.append(runner.logits(rows[-1:])[0])
-    for size in (2, 3, 7, 32, 33):
-        for _ in range(3):
+    for size in (2, 7, 32, 33):
+        for _ in range(2):
             order = rng.sample(range(33), size)
             together = runner.logits([rows[i] for i in order])
             for place, i in enumerate(order):

@@ -1,11 +1,13 @@
 """Small random models of many families, saved as Hugging Face directories with a tokenizer."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
     DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
@@ -18,6 +20,7 @@ from transformers import (
     Olmo2Config,
     Phi3Config,
     PreTrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -33,41 +36,103 @@ _BASE = {
 }  # fmt: skip
 _HEAD = {"head_dim": 64}
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+_LATENT = {
+    "num_key_value_heads": 4, "kv_lora_rank": 48, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32,
+    "v_head_dim": 24, "first_k_dense_replace": 1, "moe_intermediate_size": 64, "n_routed_experts": 8,
+    "n_shared_experts": 2, "num_experts_per_tok": 3,
+}  # fmt: skip
+_LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}  # fmt: skip
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 128,
+    "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1,
+}  # fmt: skip
+_PHI3_ORIGINAL = 320
 
-CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
-    "llama": lambda: LlamaConfig(**_BASE, **_HEAD),
-    "qwen2": lambda: Qwen2Config(**_BASE),
-    "qwen3": lambda: Qwen3Config(**_BASE, **_HEAD),
-    "mistral": lambda: MistralConfig(**_BASE, **_HEAD, sliding_window=37),
-    "gemma2": lambda: Gemma2Config(
-        **_BASE, **_HEAD, sliding_window=21, attn_logit_softcapping=5.0, final_logit_softcapping=8.0,
-        query_pre_attn_scalar=64,
+
+def _phi3(original: int) -> PreTrainedConfig:
+    half = 128 // 4 // 2
+    factors = {
+        "short_factor": [1.0 + i / 8 for i in range(half)],
+        "long_factor": [4.0 + i for i in range(half)],
+    }
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": original,
+        **factors,
+    }
+    return Phi3Config(**_BASE, original_max_position_embeddings=original, rope_parameters=rope)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family's small configuration, and how it is served."""
+
+    config: Callable[[], PreTrainedConfig]
+    max_model_len: int = 0
+    min_prompt: int = 1  # shorter prompts are another model to transformers
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(lambda: LlamaConfig(**_BASE, **_HEAD, rope_parameters=dict(_LLAMA3))),
+    "qwen2": Family(lambda: Qwen2Config(**_BASE)),
+    "qwen3": Family(lambda: Qwen3Config(**_BASE, **_HEAD)),
+    "mistral": Family(lambda: MistralConfig(**_BASE, **_HEAD, sliding_window=37)),
+    "gemma2": Family(
+        lambda: Gemma2Config(
+            **_BASE, **_HEAD, sliding_window=21, attn_logit_softcapping=5.0, final_logit_softcapping=8.0,
+            query_pre_attn_scalar=64,
+        )
     ),
-    "gemma3": lambda: Gemma3TextConfig(
-        **_BASE, **_HEAD, sliding_window=21, query_pre_attn_scalar=64,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    "gemma3": Family(
+        lambda: Gemma3TextConfig(
+            **_BASE, **_HEAD, sliding_window=21, query_pre_attn_scalar=64, layer_types=list(_MIXED)
+        )
     ),
-    "phi3": lambda: Phi3Config(**_BASE),
-    "granite": lambda: GraniteConfig(
-        **_BASE, logits_scaling=3.0, attention_multiplier=0.2, residual_multiplier=0.7,
-        embedding_multiplier=2.0,
+    "phi3": Family(lambda: _phi3(_PHI3_ORIGINAL), max_model_len=_PHI3_ORIGINAL),
+    "phi3_long": Family(lambda: _phi3(64), min_prompt=65),
+    "granite": Family(
+        lambda: GraniteConfig(
+            **_BASE, logits_scaling=3.0, attention_multiplier=0.2, residual_multiplier=0.7,
+            embedding_multiplier=2.0,
+        )
     ),
-    "nemotron": lambda: NemotronConfig(**_BASE, **_HEAD),
-    "olmo2": lambda: Olmo2Config(**_BASE),
-    "gpt_oss": lambda: GptOssConfig(
-        **_BASE, **_HEAD, **_EXPERTS, sliding_window=21,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    "nemotron": Family(lambda: NemotronConfig(**_BASE, **_HEAD)),
+    "olmo2": Family(lambda: Olmo2Config(**_BASE)),
+    "deepseek_v2": Family(
+        lambda: DeepseekV2Config(
+            **{**_BASE, **_LATENT}, q_lora_rank=32, topk_method="group_limited_greedy", n_group=4,
+            topk_group=2, routed_scaling_factor=1.5, rope_parameters=dict(_YARN),
+        )
     ),
-    "mixtral": lambda: MixtralConfig(**_BASE, **_EXPERTS),
-    "qwen3_moe": lambda: Qwen3MoeConfig(
-        **_BASE, **_HEAD, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64
+    "deepseek_v2_lite": Family(lambda: DeepseekV2Config(**{**_BASE, **_LATENT}, q_lora_rank=None)),
+    "deepseek_v3": Family(
+        lambda: DeepseekV3Config(
+            **{**_BASE, **_LATENT}, q_lora_rank=32, n_group=4, topk_group=2, rope_parameters=dict(_YARN)
+        )
     ),
-    "deepseek_v3": lambda: DeepseekV3Config(
-        **{**_BASE, "num_key_value_heads": 4}, moe_intermediate_size=64, n_routed_experts=4, n_group=1,
-        topk_group=1, num_experts_per_tok=2, kv_lora_rank=32, q_lora_rank=32, qk_rope_head_dim=16,
-        qk_nope_head_dim=32, v_head_dim=32, first_k_dense_replace=1,
+    "mixtral": Family(lambda: MixtralConfig(**_BASE, **_EXPERTS)),
+    "qwen3_moe": Family(
+        lambda: Qwen3MoeConfig(
+            **_BASE, **_HEAD, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
+            norm_topk_prob=True,
+        )
+    ),
+    "gpt_oss": Family(
+        lambda: GptOssConfig(
+            **_BASE, **_HEAD, **_EXPERTS, sliding_window=21, layer_types=list(_MIXED),
+            rope_parameters=dict(_YARN),
+        )
     ),
 }  # fmt: skip
+
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    kind: family.config for kind, family in FAMILIES.items()
+}
 
 
 def make_model(kind: str, path: Path, *, seed: int = 0, has_tokenizer: bool = True) -> Path:
@@ -75,23 +140,36 @@ def make_model(kind: str, path: Path, *, seed: int = 0, has_tokenizer: bool = Tr
     path.mkdir(parents=True, exist_ok=True)
     if has_tokenizer:
         make_tokenizer(path, "byte_level", vocab_size=VOCAB_SIZE - 50)
+    random_model(CONFIGS[kind](), seed).save_pretrained(path)
+    return path
+
+
+def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A model with sharp random weights in float32."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind](), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             sharpen(name, weight)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.2)
     model.generation_config.eos_token_id = None
-    model.save_pretrained(path)
-    return path
+    return model
 
 
 def sharpen(name: str, weight: torch.Tensor) -> None:
     """Scale a fresh weight: initial ones are so small that attention is flat and outputs repeat."""
-    if "norm" in name:
+    if "q_norm" in name or "k_norm" in name:
+        weight.add_(torch.randn_like(weight) * 0.1 + 1.0)
+    elif "norm" in name:
         weight.add_(torch.randn_like(weight) * 0.1)
     elif name.endswith("sinks"):
-        weight.normal_()
+        weight.normal_(mean=2.0)
     elif weight.dim() >= 2:
-        fan_in = weight.shape[-1]
-        gain = 2.0 if "q_proj" in name or "k_proj" in name or "qkv" in name else 1.0
+        fan_in = weight.shape[-2] if "experts" in name and weight.dim() == 3 else weight.shape[-1]
+        sharp = ("q_proj", "k_proj", "qkv", "q_b_proj", "kv_a_proj")
+        gain = 2.0 if any(part in name for part in sharp) else 1.0
         weight.normal_(std=1.0 if "embed" in name else gain / fan_in**0.5)
+    elif "bias" in name:
+        weight.normal_(std=0.1)

@@ -1,4 +1,4 @@
-"""Writes new keys and values into their slots of a layer's pages. Knows neither tables nor rows."""
+"""Writes new keys, values or latents into their slots of a layer's pages. Knows neither tables nor rows."""
 
 import torch
 
@@ -7,18 +7,15 @@ BLOCK_SIZE = 16
 
 
 def write_kv(
-    key_pages: torch.Tensor,  # [kv_heads, blocks, BLOCK_SIZE, key_dim]
-    value_pages: torch.Tensor,  # [kv_heads, blocks, BLOCK_SIZE, value_dim]
-    key: torch.Tensor,  # [kv_heads, tokens, key_dim]
-    value: torch.Tensor,  # [kv_heads, tokens, value_dim]
+    pages: torch.Tensor,  # [kv_heads, blocks, BLOCK_SIZE, dim]
+    new: torch.Tensor,  # [kv_heads, tokens, dim]: keys, values, or latents
     slots: torch.Tensor,  # [tokens], int64: block * BLOCK_SIZE + position % BLOCK_SIZE
 ) -> None:
-    """Store token i's key and value in slot `slots[i]`, in the pages' data type.
+    """Store token i in slot `slots[i]`, in the pages' data type.
 
     The pages are head-major, so that gathering the blocks of a row gives one matrix a head:
 
         head 0 | block 0: slot 0 .. 15 | block 1: slot 0 .. 15 | ...
         head 1 | block 0: slot 0 .. 15 | ...
     """
-    key_pages.flatten(1, 2).index_copy_(1, slots, key.to(key_pages.dtype))
-    value_pages.flatten(1, 2).index_copy_(1, slots, value.to(value_pages.dtype))
+    pages.flatten(1, 2).index_copy_(1, slots, new.to(pages.dtype))

@@ -25,7 +25,9 @@ MIN_BATCH = 2
 """Below four rows, or as a lone product, MKL's matrix product takes kernels that add in another order."""
 
 _QUERY_TILE = 128  # queries of a prompt that are computed together
-_MAX_PARTIALS = 16_384  # bound on (query, tile) pairs of a prompt computed together: bounds the memory
+MAX_PARTIALS = 16_384
+"""Bound on (query, tile) pairs of a prompt computed together; `plan_attention` takes a lower one."""
+
 _LOWEST = -1e30  # instead of -inf, so that a tile without a visible key gives exp(-inf) = 0 and no NaN
 
 Ints = npt.NDArray[np.int64]
@@ -60,19 +62,26 @@ class Piece:
 
 
 def plan_attention(
-    spans: Sequence[RowSpan], *, window: int | None, null_block: int, max_items: int, device: torch.device
+    spans: Sequence[RowSpan],
+    *,
+    window: int | None,
+    null_block: int,
+    max_items: int,
+    device: torch.device,
+    max_partials: int = MAX_PARTIALS,
 ) -> list[Piece]:
     """Cut a step's spans, ordered by token, into pieces; one plan serves all layers of a KV group.
 
     `null_block` is a block of zeros that stands where a table ends or holds -1. At most `max_items` tiles
-    are gathered at once (a row that needs more is a piece of its own).
+    are gathered at once (a row that needs more is a piece of its own), and a piece of a prompt has at most
+    `max_partials` (query, tile) pairs, or one query.
     """
     pieces: list[Piece] = []
     decode: list[RowSpan] = []
     num_items = 0
     for span in spans:
         if span.num_tokens > 1:
-            for part in _parts(span, window):
+            for part in _parts(span, window, max_partials):
                 pieces.append(_piece([part], window, null_block, device))
             continue
         num_tiles = _num_tiles(span, window)
@@ -94,9 +103,9 @@ def _num_tiles(span: RowSpan, window: int | None) -> int:
     return (span.start + span.num_tokens - 1) // TILE - _first_tile(span.start, window) + 1
 
 
-def _parts(span: RowSpan, window: int | None) -> list[RowSpan]:
+def _parts(span: RowSpan, window: int | None, max_partials: int) -> list[RowSpan]:
     """A prompt's chunk cut into spans of so few queries that their partial results fit the bound."""
-    size = max(1, min(_QUERY_TILE, _MAX_PARTIALS // _num_tiles(span, window)))
+    size = max(1, min(_QUERY_TILE, max_partials // _num_tiles(span, window)))
     return [
         RowSpan(span.token + at, min(size, span.num_tokens - at), span.start + at, span.table)
         for at in range(0, span.num_tokens, size)
@@ -154,9 +163,10 @@ def _tensor(values: npt.NDArray[np.generic], device: torch.device) -> torch.Tens
 def paged_attention(
     query: torch.Tensor,  # [tokens, heads, key_dim]
     key_pages: torch.Tensor,  # [kv_heads, blocks, BLOCK_SIZE, key_dim]
-    value_pages: torch.Tensor,  # [kv_heads, blocks, BLOCK_SIZE, value_dim]
+    value_pages: torch.Tensor | None,  # [kv_heads, blocks, BLOCK_SIZE, value_dim]
     pieces: Sequence[Piece],
     *,
+    value_dim: int,
     scale: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,  # [heads]: a logit without a value that each query also sees
@@ -164,14 +174,15 @@ def paged_attention(
     """Causal attention of every query over its row's pages; computed in float32.
 
     The keys and values of the batch's own tokens must be in the pages already. Tokens in no piece get zeros.
+    Without `value_pages` a key's first `value_dim` numbers are its value (latent attention).
     """
     num_tokens, num_heads, _ = query.shape
-    out = query.new_zeros(num_tokens, num_heads, value_pages.shape[3])
+    out = query.new_zeros(num_tokens, num_heads, value_dim)
     query = query.float() * scale
     for piece in pieces:
         stop = piece.token + piece.num_rows * piece.num_queries
         out[piece.token : stop] = _attend(
-            query[piece.token : stop], key_pages, value_pages, piece, softcap, sinks
+            query[piece.token : stop], key_pages, value_pages, value_dim, piece, softcap, sinks
         )
     return out
 
@@ -179,7 +190,8 @@ def paged_attention(
 def _attend(
     query: torch.Tensor,  # [rows * queries, heads, key_dim], scaled
     key_pages: torch.Tensor,
-    value_pages: torch.Tensor,
+    value_pages: torch.Tensor | None,
+    value_dim: int,
     piece: Piece,
     softcap: float | None,
     sinks: torch.Tensor | None,
@@ -187,7 +199,10 @@ def _attend(
     kv_heads, num_rows, num_queries = key_pages.shape[0], piece.num_rows, piece.num_queries
     num_items, share = len(piece.item_rows), query.shape[1] // kv_heads
     keys = key_pages.index_select(1, piece.blocks).float().view(kv_heads * num_items, TILE, -1)
-    values = value_pages.index_select(1, piece.blocks).float().view(kv_heads * num_items, TILE, -1)
+    if value_pages is None:
+        values = keys[..., :value_dim]
+    else:
+        values = value_pages.index_select(1, piece.blocks).float().view(kv_heads * num_items, TILE, -1)
 
     # Queries of the heads that share a KV head lie side by side: [kv_heads * items, copies * queries * share]
     copies = -(-MIN_QUERIES // (num_queries * share))

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
+from pagebus.executor.latent import LatentTap
+
 INTERFACE = "pagebus"
 """Our name in transformers' registry. No mask function is registered under it, so no mask is built."""
 
@@ -30,6 +32,7 @@ class AttentionCall:
     window: int | None
     softcap: float | None
     sinks: torch.Tensor | None  # [heads]
+    is_latent: bool = False  # the values are the first value_dim of the keys (see latent.py)
 
 
 Attend = Callable[[AttentionCall], torch.Tensor]
@@ -64,12 +67,30 @@ def _interface(
     layer = module.layer_idx
     if not isinstance(layer, int):
         raise TypeError(f"{type(module).__name__} has no layer_idx")
+    if vars(module).get("is_causal") is False:
+        raise TypeError(f"{type(module).__name__} attends to later tokens")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    tap = module._modules.get("kv_b_proj")
+    if isinstance(tap, LatentTap):
+        queries, latents = tap.absorb(query[0], key[0])
+        call = AttentionCall(
+            layer=layer,
+            query=queries,
+            key=latents,
+            value=latents[..., : tap.rank],
+            scale=scale,
+            window=sliding_window,
+            softcap=softcap,
+            sinks=s_aux,
+            is_latent=True,
+        )
+        return tap.expand(_current.get()(call))[None], None
     call = AttentionCall(
         layer=layer,
         query=query[0],
         key=key[0],
         value=value[0],
-        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        scale=scale,
         window=sliding_window,
         softcap=softcap,
         sinks=s_aux,

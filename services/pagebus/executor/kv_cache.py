@@ -8,10 +8,20 @@ import torch
 
 from pagebus.bus.messages import PoolGroup
 from pagebus.executor.attention import AttentionCall
+from pagebus.executor.batch import BlockCopy
+from pagebus.executor.memory import GroupNeed
 from pagebus.kernels.kv_write import BLOCK_SIZE, write_kv
-from pagebus.kernels.paged_attention import TILE, Piece, RowSpan, paged_attention, plan_attention
+from pagebus.kernels.paged_attention import (
+    MAX_PARTIALS,
+    TILE,
+    Piece,
+    RowSpan,
+    paged_attention,
+    plan_attention,
+)
 
 _GATHER_BYTES = 8 << 20  # keys and values gathered at once for decoding rows: what caches hold, roughly
+_PARTIAL_BYTES = 256 << 20  # partial results of a prompt's queries computed together
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +29,19 @@ class LayerSpec:
     """What one attention layer stores for a token."""
 
     layer: int
+    num_heads: int
     num_kv_heads: int
     key_dim: int
     value_dim: int
     window: int | None
+    is_latent: bool = False  # the values are the first value_dim of the keys, and stored once
+
+    @property
+    def numbers_a_token(self) -> int:
+        return self.num_kv_heads * (self.key_dim + (0 if self.is_latent else self.value_dim))
 
     def bytes_a_block(self, dtype: torch.dtype) -> int:
-        return self.num_kv_heads * (self.key_dim + self.value_dim) * BLOCK_SIZE * dtype.itemsize
+        return self.numbers_a_token * BLOCK_SIZE * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,45 +59,64 @@ def windows_of(specs: Sequence[LayerSpec]) -> list[int | None]:
     return sorted(windows, key=lambda window: 0 if window is None else window)
 
 
+def needs_of(specs: Sequence[LayerSpec], dtype: torch.dtype) -> list[GroupNeed]:
+    """What a block of each KV group takes in all of the group's layers."""
+    return [
+        GroupNeed(sum(spec.bytes_a_block(dtype) for spec in specs if spec.window == window), window)
+        for window in windows_of(specs)
+    ]
+
+
 class PagedCache:
-    """Pages of every layer, [kv_heads, blocks + 1, BLOCK_SIZE, dim]; the last block stays zero (padding)."""
+    """Pages of every layer, [kv_heads, blocks + 1, BLOCK_SIZE, dim]; the last block stays zero (padding).
+
+    A latent layer has one page a block, [latent | rotary key] for each token, instead of keys and values.
+    """
 
     def __init__(
-        self, specs: Sequence[LayerSpec], num_blocks: int, dtype: torch.dtype, device: torch.device
+        self,
+        specs: Sequence[LayerSpec],
+        num_blocks: Sequence[int],  # of each KV group
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.num_blocks = num_blocks
+        self.num_blocks = tuple(num_blocks)
         self.windows = windows_of(specs)
+        if len(self.num_blocks) != len(self.windows):
+            raise ValueError(f"{len(self.num_blocks)} numbers of blocks for {len(self.windows)} KV groups")
         self._device = device
         self._group_of = {spec.layer: self.windows.index(spec.window) for spec in specs}
-        self._pages: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._pages: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
         for spec in specs:
-            shape = (spec.num_kv_heads, num_blocks + 1, BLOCK_SIZE)
+            shape = (spec.num_kv_heads, self.num_blocks[self._group_of[spec.layer]] + 1, BLOCK_SIZE)
             self._pages[spec.layer] = (
                 _zeros((*shape, spec.key_dim), dtype, device),
-                _zeros((*shape, spec.value_dim), dtype, device),
+                None if spec.is_latent else _zeros((*shape, spec.value_dim), dtype, device),
             )
-        tile_bytes = max(spec.num_kv_heads * (spec.key_dim + spec.value_dim) * 4 * TILE for spec in specs)
-        self._max_items = max(1, _GATHER_BYTES // tile_bytes)
+        self._max_items = max(1, _GATHER_BYTES // max(spec.numbers_a_token * 4 * TILE for spec in specs))
+        query_bytes = max(spec.num_heads * (spec.value_dim + TILE) * 4 for spec in specs)
+        self._max_partials = max(1, min(MAX_PARTIALS, _PARTIAL_BYTES // query_bytes))
 
     @property
     def pool(self) -> tuple[PoolGroup, ...]:
         """The groups as the scheduler knows them."""
         return tuple(
-            PoolGroup(num_blocks=self.num_blocks, block_size=BLOCK_SIZE, window=window)
-            for window in self.windows
+            PoolGroup(num_blocks=num_blocks, block_size=BLOCK_SIZE, window=window)
+            for num_blocks, window in zip(self.num_blocks, self.windows, strict=True)
         )
 
     def plan(self, spans: Sequence[Sequence[RowSpan]]) -> list[GroupStep]:
         """What the layers share in a step; `spans[g]` are the rows' spans in group g, ordered by token."""
-        return [self._plan_group(window, spans[g]) for g, window in enumerate(self.windows)]
+        return [self._plan_group(group, spans[group]) for group in range(len(self.windows))]
 
-    def _plan_group(self, window: int | None, spans: Sequence[RowSpan]) -> GroupStep:
+    def _plan_group(self, group: int, spans: Sequence[RowSpan]) -> GroupStep:
         slots = np.concatenate([_slots(span) for span in spans])
         pieces = plan_attention(
             spans,
-            window=window,
-            null_block=self.num_blocks,
+            window=self.windows[group],
+            null_block=self.num_blocks[group],
             max_items=self._max_items,
+            max_partials=self._max_partials,
             device=self._device,
         )
         return GroupStep(len(slots), torch.from_numpy(slots).to(self._device), pieces)
@@ -91,12 +126,15 @@ class PagedCache:
         step = steps[self._group_of[call.layer]]
         key_pages, value_pages = self._pages[call.layer]
         real = slice(0, step.num_tokens)
-        write_kv(key_pages, value_pages, call.key[:, real], call.value[:, real], step.slots)
+        write_kv(key_pages, call.key[:, real], step.slots)
+        if value_pages is not None:
+            write_kv(value_pages, call.value[:, real], step.slots)
         return paged_attention(
             call.query.transpose(0, 1),
             key_pages,
             value_pages,
             step.pieces,
+            value_dim=call.value.shape[-1],
             scale=call.scale,
             softcap=call.softcap,
             sinks=call.sinks,
@@ -106,8 +144,28 @@ class PagedCache:
         """Zero `blocks[g]` in group g: a masked key weighs 0, but 0 times a NaN would be a NaN."""
         for layer, group in self._group_of.items():
             wanted = torch.tensor([block for block in blocks[group] if block >= 0], device=self._device)
-            for pages in self._pages[layer]:
+            for pages in self._layer_pages(layer):
                 pages.index_fill_(1, wanted.long(), 0)
+
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy whole blocks in all layers of their group, one after the other: a later copy sees an earlier.
+
+        Raises `ValueError` where a group or block does not exist; nothing is copied then.
+        """
+        for copy in copies:
+            if not 0 <= copy.group < len(self.windows):
+                raise ValueError(f"there is no KV group {copy.group}")
+            num_blocks = self.num_blocks[copy.group]
+            if not (0 <= copy.source < num_blocks and 0 <= copy.target < num_blocks):
+                raise ValueError(f"{copy} names a block outside the group's {num_blocks}")
+        for layer, group in self._group_of.items():
+            for pages in self._layer_pages(layer):
+                for copy in copies:
+                    if copy.group == group:
+                        pages[:, copy.target].copy_(pages[:, copy.source])
+
+    def _layer_pages(self, layer: int) -> list[torch.Tensor]:
+        return [pages for pages in self._pages[layer] if pages is not None]
 
 
 def _slots(span: RowSpan) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":

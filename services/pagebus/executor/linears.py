@@ -1,4 +1,4 @@
-"""Swaps a model's modules for row-invariant ones on the CPU: linears and activations. Knows no family.
+"""Row-invariant linears and activations for the CPU. Knows no family, and not where they go.
 
 Row-invariant: a row's result has the same bits whichever other rows are computed with it. Measured on
 AVX-512 with torch 2.13: oneDNN's packed linear is from two rows on, F.linear in float32 is not; exp and tanh
@@ -20,17 +20,14 @@ MIN_ROWS = 2
 class PackedLinear(nn.Module):
     """A linear whose weight lies in oneDNN's own layout. Fast for few rows, and row-invariant."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:  # [out, in], [out]
         super().__init__()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
+        self.out_features, self.in_features = weight.shape
         # A plain attribute: an opaque tensor is no state that could be moved or saved.
-        self._packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(
-            linear.weight.detach().contiguous()
-        )
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self._packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         # Models ask their weights for the data type; this one has the type and no memory.
-        self.weight = linear.weight.detach().new_empty(0)
+        self.weight = weight.detach().new_empty(0)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:  # [..., in] -> [..., out]
         rows = inputs.reshape(-1, self.in_features)
@@ -62,19 +59,15 @@ class StableTanhGELU(nn.Module):
         return (0.5 * wide * (1.0 + torch.tanh(inner))).to(inputs.dtype)
 
 
-def make_row_invariant(model: nn.Module) -> None:
-    """Swap linears and activations in place. On a machine without the packed kernels linears stay."""
-    is_packable: dict[torch.dtype, bool] = {}
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                dtype = child.weight.dtype
-                if dtype not in is_packable:
-                    is_packable[dtype] = can_pack(dtype)
-                if is_packable[dtype]:
-                    setattr(parent, name, PackedLinear(child))
-            elif (activation := _stable_activation(child)) is not None:
-                setattr(parent, name, activation)
+def padded_size(num_rows: int) -> int:
+    """Rows computed for `num_rows`: few sizes, as oneDNN compiles a kernel for each (about 1 ms).
+
+    Steps of 2 up to 16, then about an eighth more at most.
+    """
+    step = 2
+    while step * 16 < num_rows and step < 64:
+        step *= 2
+    return max(2, -(-num_rows // step) * step)
 
 
 def can_pack(dtype: torch.dtype) -> bool:
@@ -82,7 +75,7 @@ def can_pack(dtype: torch.dtype) -> bool:
     linear = nn.Linear(32, 48, dtype=dtype)
     inputs = torch.linspace(-1, 1, 64, dtype=dtype).view(2, 32)
     try:
-        difference = (PackedLinear(linear)(inputs) - linear(inputs)).abs().max()
+        difference = (PackedLinear(linear.weight, linear.bias)(inputs) - linear(inputs)).abs().max()
     except (RuntimeError, AttributeError) as error:
         _log.warning(
             "no packed linears for %s here, results depend on the batch: %s", dtype, str(error)[:100]
@@ -91,7 +84,8 @@ def can_pack(dtype: torch.dtype) -> bool:
     return bool(difference < 0.05)
 
 
-def _stable_activation(module: nn.Module) -> nn.Module | None:
+def stable_activation(module: nn.Module) -> nn.Module | None:
+    """A row-invariant stand-in for `module`, if it is an activation that needs one."""
     kind = type(module).__name__
     if kind in ("SiLU", "SiLUActivation"):
         return StableSiLU()

@@ -6,7 +6,9 @@ with a directory is a `ModelError` of one sentence.
 
 import json
 import logging
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,18 +18,25 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from pagebus.executor import attention
+from pagebus.executor import attention, checkpoint
 from pagebus.executor.attention import AttentionCall, answering
 from pagebus.executor.errors import ModelError
+from pagebus.executor.invariant import make_row_invariant
 from pagebus.executor.kv_cache import LayerSpec
-from pagebus.executor.linears import make_row_invariant
+from pagebus.executor.latent import keep_latents
+from pagebus.executor.memory import return_freed_memory
+from pagebus.executor.progress import showing_transformers
 from pagebus.executor.rotary import fix_rotary
 from pagebus.settings.structs import Dtype, LoadFormat
 
 _log = logging.getLogger(__name__)
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_TESTED = (
+    "Llama, Qwen2, Qwen3, Mistral, Gemma 2, Gemma 3 text, Phi-3, Granite, Nemotron, OLMo 2,"
+    " DeepSeek V2 and V3, Mixtral, Qwen3 experts, gpt-oss"
+)
+_CAN = f"what can: {_TESTED}"
 _DEFAULT_LEN = 2048  # where a config does not say
 
 
@@ -59,6 +68,7 @@ def load_model(
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     attention.register()
+    return_freed_memory()
     config = _read_config(path)
     longest = _longest(path, config, max_model_len)
     target = torch.device(device)
@@ -68,9 +78,17 @@ def load_model(
     else:
         model = _with_weights(path, config, kind, target)
     model.requires_grad_(False).train(False)
+    _check_finite(path, model, kind)
     fix_rotary(model, longest)
+    num_latent = keep_latents(model)
+    if num_latent:
+        _log.info("%d layers of latent attention keep their expanding matrices by head", num_latent)
     if target.type == "cpu":
-        make_row_invariant(model)
+        for copy in make_row_invariant(model):
+            _log.info(
+                "%s is kept twice, packed and as the embedding: a second copy of %.1f MiB",
+                copy.name, copy.num_bytes / 2**20,
+            )  # fmt: skip
     return LoadedModel(
         model=model,
         specs=_probe(path, model, target, longest),
@@ -111,15 +129,17 @@ def _check_family(path: Path, raw: Mapping[str, object]) -> None:
         raise ModelError(f"{path}: its config.json names no model_type")
     mapping = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if kind not in CONFIG_MAPPING:
-        raise ModelError(f"{path}: unknown architecture {kind!r} (code that comes with a model is never run)")
+        raise ModelError(
+            f"{path}: unknown architecture {kind!r} (code that comes with a model is never run); {_CAN}"
+        )
     if kind not in mapping:
-        raise ModelError(f"{path}: architecture {kind!r} is not a causal language model")
+        raise ModelError(f"{path}: architecture {kind!r} is not a causal language model; {_CAN}")
     named = raw.get("architectures")
     classes = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     causal = mapping[kind]
     if classes and causal not in classes:
         raise ModelError(
-            f"{path}: architecture {classes[0]} is not a causal language model ({causal} would be)"
+            f"{path}: architecture {classes[0]} is not a causal language model ({causal} would be); {_CAN}"
         )
     if raw.get("quantization_config") is not None:
         raise ModelError(f"{path}: its weights are quantized, which is not supported yet")
@@ -127,12 +147,12 @@ def _check_family(path: Path, raw: Mapping[str, object]) -> None:
 
 def _check_layers(path: Path, config: PreTrainedConfig) -> None:
     if config.is_encoder_decoder:
-        raise ModelError(f"{path}: {config.model_type} has an encoder, only decoders are supported")
+        raise ModelError(f"{path}: {config.model_type} has an encoder, only decoders are supported; {_CAN}")
     kinds = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     if kinds:
         raise ModelError(
             f"{path}: {config.model_type} has layers of kind {', '.join(sorted(map(str, kinds)))}, which are"
-            " not supported"
+            f" not supported; {_CAN}"
         )
 
 
@@ -189,32 +209,76 @@ def _dummy(
 def _with_weights(
     path: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    if not any(path.glob("*.safetensors")):
-        pickles = any(True for pattern in _PICKLES for _ in path.glob(pattern))
-        why = "only pickled weights, which are not safe to read; convert them to" if pickles else "no"
-        raise ModelError(f"{path}: it has {why} safetensors")
+    found = checkpoint.check(path)
+    _log.info(
+        "loading %d tensors, %.1f MiB in %d files",
+        found.num_tensors,
+        found.num_bytes / 2**20,
+        found.num_files,
+    )
     loaded: tuple[PreTrainedModel, Mapping[str, Collection[object]]]
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
-            path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention.INTERFACE,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except Exception as error:  # a truncated file, tensors of other shapes, a field that the family lacks
+        with showing_transformers("loading weights"), _one_by_one():
+            loaded = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
+                path,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention.INTERFACE,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except Exception as error:  # a field that the family lacks, whatever the headers do not show
         raise ModelError(f"{path}: cannot load the weights: {_first_line(error)}") from error
     model, info = loaded
-    for what in ("missing", "mismatched"):
-        keys = info.get(f"{what}_keys") or ()
-        if keys:
-            names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
-            raise ModelError(f"{path}: {len(names)} tensors are {what} in the weights, such as {names[0]}")
+    _check_loaded(path, info)
     on_device: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
     return on_device
+
+
+def _check_loaded(path: Path, info: Mapping[str, Collection[object]]) -> None:
+    for key in info.get("mismatched_keys") or ():
+        match key:
+            case (name, stored, wanted):
+                raise ModelError(
+                    f"{path}: {name} has shape {_shape(stored)} in the weights, but the config asks for"
+                    f" {_shape(wanted)}"
+                )
+        raise ModelError(f"{path}: {key} has another shape than the config asks for")
+    missing = sorted(map(str, info.get("missing_keys") or ()))
+    if missing:
+        raise ModelError(f"{path}: {len(missing)} tensors are missing in the weights, such as {missing[0]}")
+
+
+def _shape(shape: object) -> str:
+    return str(list(shape)) if isinstance(shape, torch.Size | list | tuple) else str(shape)
+
+
+@contextmanager
+def _one_by_one() -> Iterator[None]:
+    """Let transformers read tensors when it needs them. Ahead, it would hold parts and wholes at once."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _check_finite(path: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """A NaN in a weight would make every answer fail, one by one; here it has a name."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and weight.numel():
+            lowest, highest = torch.aminmax(weight)
+            if not bool(torch.isfinite(lowest) & torch.isfinite(highest)):
+                kind = str(dtype).removeprefix("torch.")
+                raise ModelError(f"{path}: {name} holds values that are not finite in {kind}")
 
 
 def _probe(
@@ -228,9 +292,12 @@ def _probe(
         nonlocal num_calls
         num_calls += 1
         window = call.window if call.window and call.window < max_model_len else None
-        key_dim, value_dim = call.key.shape[-1], call.value.shape[-1]
-        specs[call.layer] = LayerSpec(call.layer, call.key.shape[0], key_dim, value_dim, window)
-        return call.query.new_zeros(call.query.shape[1], call.query.shape[0], value_dim)
+        num_heads, num_tokens, key_dim = call.query.shape
+        num_kv_heads, value_dim = call.key.shape[0], call.value.shape[-1]
+        specs[call.layer] = LayerSpec(
+            call.layer, num_heads, num_kv_heads, key_dim, value_dim, window, call.is_latent
+        )
+        return call.query.new_zeros(num_tokens, num_heads, value_dim)
 
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     try:
@@ -238,13 +305,13 @@ def _probe(
             model(input_ids=ids, position_ids=torch.arange(2, device=device)[None], use_cache=False)
     except Exception as error:
         raise ModelError(
-            f"{path}: {model.config.model_type} cannot run paged: {_first_line(error)}"
+            f"{path}: {model.config.model_type} cannot run paged: {_first_line(error)}; {_CAN}"
         ) from error
     num_layers = model.config.get_text_config().num_hidden_layers
     if not num_calls == len(specs) == num_layers:
         raise ModelError(
             f"{path}: {model.config.model_type} has {num_layers} layers of which {num_calls} attend through"
-            " transformers' attention interface, so it cannot run paged"
+            f" transformers' attention interface, so it cannot run paged; {_CAN}"
         )
     return tuple(specs[layer] for layer in sorted(specs))
 

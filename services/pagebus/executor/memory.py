@@ -2,8 +2,11 @@
 
 import ctypes
 import logging
+import math
 import os
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,6 +32,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", re.IGNORECASE)
 _AUTO_SHARE = 0.25
 _AUTO_MAX_BYTES = 4 << 30
 _MAX_SEQUENCES = 256  # more full-length sequences than this are no use: the pool of a tiny model stays small
+_CHUNK_BLOCKS = 2048 // BLOCK_SIZE  # a step's token budget by default
 _GPU_RESERVE_BYTES = 2 << 30  # activations of a step, the matrix library's workspace
 
 
@@ -40,32 +44,101 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
-def num_kv_blocks(
+@dataclass(frozen=True, slots=True)
+class GroupNeed:
+    """A KV group as far as memory goes."""
+
+    bytes_a_block: int  # in all of the group's layers together
+    window: int | None
+
+
+def blocks_of_groups(
+    groups: Sequence[GroupNeed],
     *,
-    bytes_a_block: int,
     max_model_len: int,
     device: torch.device,
     kv_cache_memory: str,
     gpu_memory_utilization: float,
-) -> int:
-    """Blocks of each KV group; `bytes_a_block` is what one block takes in all layers of all groups together.
-
-    Every group gets the same number of blocks. Raises `ModelError` when not even one block fits.
-    """
-    sequence_blocks = -(-max_model_len // BLOCK_SIZE)
+) -> list[int]:
+    """Blocks of each KV group, by the memory that the settings allow. Raises `ModelError`."""
+    longest = sum(_held(group, max_model_len) * group.bytes_a_block for group in groups)
     if kv_cache_memory.strip().lower() != "auto" and device.type == "cpu":
         budget = parse_bytes(kv_cache_memory)
     elif device.type == "cpu":
-        budget = _auto_budget(free_memory(), sequence_blocks * bytes_a_block)
+        budget = _auto_budget(free_memory(), longest)
     else:
         budget = _gpu_budget(device, gpu_memory_utilization)
-    num_blocks = min(budget // bytes_a_block, _MAX_SEQUENCES * sequence_blocks)
-    if num_blocks < 1:
-        need, have = bytes_a_block >> 10, max(0, budget) >> 10
+    return share_blocks(groups, budget, max_model_len)
+
+
+def share_blocks(groups: Sequence[GroupNeed], budget: int, max_model_len: int) -> list[int]:
+    """Split `budget` bytes so that the groups run out at about the same time.
+
+    A sequence of s blocks holds s of a full group, and of a window's at most h = window / 16 + 2. With
+    lengths from one block to the longest, S, every doubling equally likely, a group's mean holding is in
+    proportion to
+
+        S - 1                          full attention
+        h - 1 + h * ln(S / h)          a window, where h < S
+
+    and a group gets its share of the memory by that, a window's also the blocks of a chunk of a prompt,
+    which are held until it is computed. Where the longest sequence would not fit but could, the full groups
+    get what it takes first. Raises `ModelError` when some group would have no block.
+    """
+    longest = -(-max_model_len // BLOCK_SIZE)
+    held = [_held(group, max_model_len) for group in groups]
+    chunks = [0 if h == longest else min(_CHUNK_BLOCKS, longest - h) for h in held]
+    wanted = [h - 1 + h * math.log(longest / h) if longest > 1 else 1.0 for h in held]
+    none, full = [0] * len(groups), [longest if h == longest else 0 for h in held]
+    wanted_windows = [0.0 if fixed else share for share, fixed in zip(wanted, full, strict=True)]
+    ways = [(wanted, chunks), (wanted_windows, _added(chunks, full)), (wanted, none), (wanted_windows, full)]
+    for shares, least in ways:
+        sizes = _scaled(groups, shares, least, budget)
+        if all(n >= h for n, h in zip(sizes, held, strict=True)):
+            break
+    else:  # not even one
+        sizes = [max(0, budget) // sum(group.bytes_a_block for group in groups)] * len(groups)
+    sizes = [min(n, _MAX_SEQUENCES * h + more) for n, h, more in zip(sizes, held, chunks, strict=True)]
+    if min(sizes) < 1:
+        need, have = sum(group.bytes_a_block for group in groups) >> 10, max(0, budget) >> 10
         raise ModelError(
             f"the KV memory of {have} KiB does not hold one block of {BLOCK_SIZE} tokens ({need} KiB)"
         )
-    return num_blocks
+    return _filled(groups, sizes, [_MAX_SEQUENCES * h for h in held], budget)
+
+
+def _added(first: Sequence[int], second: Sequence[int]) -> list[int]:
+    return [one + other for one, other in zip(first, second, strict=True)]
+
+
+def _bytes(groups: Sequence[GroupNeed], sizes: Sequence[int]) -> int:
+    return sum(n * group.bytes_a_block for n, group in zip(sizes, groups, strict=True))
+
+
+def _filled(groups: Sequence[GroupNeed], sizes: list[int], most: Sequence[int], budget: int) -> list[int]:
+    """What rounding and bounds have left over goes to the first groups that may have it."""
+    for g, group in enumerate(groups):
+        left = (budget - _bytes(groups, sizes)) // group.bytes_a_block
+        sizes[g] += max(0, min(left, most[g] - sizes[g]))
+    return sizes
+
+
+def _held(group: GroupNeed, max_model_len: int) -> int:
+    """Blocks that the longest sequence holds at once while it decodes: its window's, and one at each end."""
+    longest = -(-max_model_len // BLOCK_SIZE)
+    return longest if group.window is None else min(longest, -(-group.window // BLOCK_SIZE) + 2)
+
+
+def _scaled(
+    groups: Sequence[GroupNeed], shares: Sequence[float], least: Sequence[int], budget: int
+) -> list[int]:
+    """Blocks in proportion to `shares`, on top of `least`, in `budget` bytes; none where it is too little."""
+    left = budget - _bytes(groups, least)
+    if left < 0:
+        return [0] * len(groups)
+    unit = sum(share * group.bytes_a_block for share, group in zip(shares, groups, strict=True))
+    scale = left / unit if unit else 0.0
+    return [n + max(0, math.floor(scale * share - 1e-6)) for share, n in zip(shares, least, strict=True)]
 
 
 def _auto_budget(free: int, sequence_bytes: int) -> int:
@@ -116,16 +189,29 @@ def num_physical_cores() -> int:
     return count
 
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # from malloc.h
+
+
 def keep_freed_memory() -> bool:
     """Let glibc reuse what tensors free instead of giving it back; False where the C library is another.
 
     A step makes the same temporaries again and again. Each one above 128 KiB would be mapped, faulted in
     page by page and unmapped: more time than the arithmetic in it.
     """
-    trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # from malloc.h
+    return _set_malloc({_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: (1 << 31) - 1, _ARENA_MAX: 1})
+
+
+def return_freed_memory() -> bool:
+    """Let glibc give back what tensors free; for loading, where each temporary has another size.
+
+    By default glibc raises the bound of what it maps by itself with every block freed, and then keeps holes.
+    """
+    return _set_malloc({_MMAP_THRESHOLD: 256 << 10, _TRIM_THRESHOLD: 1 << 20, _ARENA_MAX: 1})
+
+
+def _set_malloc(options: dict[int, int]) -> bool:
     try:
         set_option = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    options = ((mmap_threshold, 32 << 20), (trim_threshold, (1 << 31) - 1), (arena_max, 1))
-    return all(set_option(option, value) == 1 for option, value in options)
+    return all(set_option(option, value) == 1 for option, value in options.items())

@@ -1,6 +1,7 @@
 """What is wrong with a model directory is said in one sentence."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, PreTrainedConfig
 
+from pagebus.executor.checkpoint import INDEX
 from pagebus.executor.errors import ModelError
 from pagebus.executor.linears import PackedLinear, StableSiLU, StableTanhGELU, can_pack
 from pagebus.executor.loader import choose_dtype, load_model
 from pagebus.executor.rotary import RotaryTable
-from tests.support.models import make_model
+from tests.support.models import CONFIGS, VOCAB_SIZE, make_model, random_model
 
 CPU = torch.device("cpu")
 
@@ -56,15 +58,40 @@ SPOILERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "quantized": (lambda p: edit(p, quantization_config={"quant_method": "x"}), "quantized"),
     "no weights": (lambda p: (p / "model.safetensors").unlink(), "it has no safetensors"),
+    "weights of another name": (
+        lambda p: (p / "model.safetensors").rename(p / "consolidated.safetensors"),
+        "has consolidated.safetensors, but neither model.safetensors nor",
+    ),
     "a pickle": (lambda p: (p / "model.safetensors").rename(p / "pytorch_model.bin"), "only pickled weights"),
-    "truncated": (truncate, "cannot load the weights"),
+    "truncated": (truncate, "cut short"),
+    "empty": (lambda p: (p / "model.safetensors").write_bytes(b""), "cut short"),
+    "text": (
+        lambda p: (p / "model.safetensors").write_text("version https://git-lfs" * 9),
+        "not a safetensors",
+    ),
+    "header of noise": (
+        lambda p: (p / "model.safetensors").write_bytes(b"\x10" + bytes(7) + b"\xff" * 16),
+        "its header is not JSON",
+    ),
+    "a tail": (
+        lambda p: (p / "model.safetensors").open("ab").write(b"more"),
+        "longer than it says",
+    ),
+    "float8": (
+        lambda p: change_weights(p, lambda w: w.update({"x": torch.zeros(4).to(torch.float8_e4m3fn)})),
+        "x is stored as F8_E4M3, which is not supported",
+    ),
+    "not a number": (
+        lambda p: change_weights(p, lambda w: w["model.layers.0.mlp.up_proj.weight"][3].fill_(float("nan"))),
+        "model.layers.0.mlp.up_proj.weight holds values that are not finite in float32",
+    ),
     "a tensor missing": (
         lambda p: change_weights(p, lambda w: w.pop("model.layers.1.mlp.up_proj.weight")),
         "1 tensors are missing in the weights, such as model.layers.1.mlp.up_proj.weight",
     ),
     "another shape": (
         lambda p: change_weights(p, lambda w: w.update({"model.norm.weight": torch.ones(7)})),
-        "weights",
+        r"model.norm.weight has shape \[7\] in the weights, but the config asks for \[128\]",
     ),
     "odd sizes": (lambda p: edit(p, num_attention_heads="four"), "config.json|weights"),
 }
@@ -79,6 +106,58 @@ def test_one_clear_sentence(tmp_path: Path, name: str) -> None:
         load_model(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def drop_from_shard(path: Path) -> None:
+    shard = sorted(path.glob("model-*.safetensors"))[1]
+    weights = load_file(shard)
+    weights.popitem()
+    save_file(weights, shard, metadata={"format": "pt"})
+
+
+def edit_index(path: Path, change: Callable[[dict[str, object]], object]) -> None:
+    index = json.loads((path / INDEX).read_text())
+    change(index)
+    (path / INDEX).write_text(json.dumps(index))
+
+
+SHARD_SPOILERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a shard missing": (
+        lambda p: sorted(p.glob("model-*.safetensors"))[1].unlink(),
+        r"shard model-00002-of-\d+.safetensors \(2 of \d+ in model.safetensors.index.json\) is missing",
+    ),
+    "a shard truncated": (
+        lambda p: os.truncate(sorted(p.glob("model-*.safetensors"))[2], 90_000),
+        "model-00003-of-.*cut short: 90000 bytes where its header names",
+    ),
+    "an absent tensor": (drop_from_shard, "says that model-00002-of-.* holds .*weight, but it does not"),
+    "index of noise": (lambda p: (p / INDEX).write_text("{]"), "index.json is not JSON"),
+    "index without map": (lambda p: edit_index(p, dict.clear), "has no weight_map"),
+    "index leading away": (
+        lambda p: edit_index(p, lambda i: i["weight_map"].update(x="../../other.safetensors")),
+        "names '../../other.safetensors', which is no safetensors file beside it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARD_SPOILERS)
+def test_one_clear_sentence_about_shards(tmp_path: Path, name: str) -> None:
+    random_model(CONFIGS["llama"]()).save_pretrained(tmp_path, max_shard_size="300KB")
+    assert load_model(tmp_path).vocab_size == VOCAB_SIZE
+    spoil, reason = SHARD_SPOILERS[name]
+    spoil(tmp_path)
+    with pytest.raises(ModelError, match=reason) as caught:
+        load_model(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["nosuch", "bert", "t5", "mamba", "bloom", "qwen3_next"])
+def test_what_cannot_work_is_named_with_what_can(tmp_path: Path, kind: str) -> None:
+    path = make_model("llama", tmp_path / "model", has_tokenizer=False)
+    edit(path, model_type=kind, architectures=None)
+    with pytest.raises(ModelError, match=f"{kind}.*; what can: Llama, .*DeepSeek V2 and V3.*gpt-oss"):
+        load_model(path, load_format="dummy")
 
 
 def test_missing_directory(tmp_path: Path) -> None:
@@ -152,7 +231,7 @@ def test_packed_linears_are_row_invariant(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     for in_features, out_features in ((192, 512), (100, 37)):
         linear = torch.nn.Linear(in_features, out_features, dtype=dtype)
-        packed = PackedLinear(linear)
+        packed = PackedLinear(linear.weight, linear.bias)
         inputs = torch.randn(520, in_features).to(dtype)
         alone = torch.cat([packed(row[None]) for row in inputs])
         torch.testing.assert_close(alone, linear(inputs), rtol=0.02, atol=0.02)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pagebus.kernels.kv_write import BLOCK_SIZE, write_kv
-from pagebus.kernels.paged_attention import TILE, RowSpan, paged_attention, plan_attention
+from pagebus.kernels.paged_attention import MAX_PARTIALS, TILE, RowSpan, paged_attention, plan_attention
 
 NUM_BLOCKS = 200
 
@@ -33,21 +33,26 @@ class Pages:
             key, value = torch.randn(kv_heads, length, dim), torch.randn(kv_heads, length, value_dim)
             positions = np.arange(length)
             slots = torch.from_numpy(table[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE)
-            write_kv(self.keys, self.values, key, value, slots)
+            write_kv(self.keys, key, slots)
+            write_kv(self.values, value, slots)
             self.rows.append((query, key, value, table))
 
     def attend(self, parts: list[tuple[int, int, int]], **how: object) -> torch.Tensor:
         """Queries [start, end) of each part's row, in one flat batch."""
-        window = how.pop("window", None)
+        window, max_partials = how.pop("window", None), how.pop("max_partials", MAX_PARTIALS)
+        values = None if how.pop("is_latent", False) else self.values
         spans, queries, token = [], [], 0
         for row, start, end in parts:
             spans.append(RowSpan(token, end - start, start, self.rows[row][3]))
             queries.append(self.rows[row][0][start:end])
             token += end - start
         pieces = plan_attention(
-            spans, window=window, null_block=NUM_BLOCKS, max_items=5, device=torch.device("cpu")
+            spans, window=window, null_block=NUM_BLOCKS, max_items=5, max_partials=max_partials,
+            device=torch.device("cpu"),
+        )  # fmt: skip
+        return paged_attention(
+            torch.cat(queries), self.keys, values, pieces, value_dim=self.values.shape[3], scale=0.3, **how
         )
-        return paged_attention(torch.cat(queries), self.keys, self.values, pieces, scale=0.3, **how)
 
 
 def exact(pages: Pages, row: int, *, window: int | None, softcap: float | None, sinks: torch.Tensor | None):
@@ -117,6 +122,49 @@ def test_bits_do_not_depend_on_chunks_or_batch(heads: int, kv_heads: int, window
             token += end - start
 
 
+LATENT = {"heads": 16, "kv_heads": 1, "dim": 576, "value_dim": 512}  # as in DeepSeek V2 Lite
+
+
+def latent_pages(lengths: list[int], **sizes: int) -> Pages:
+    """Pages whose values are the first part of the keys."""
+    pages = Pages(lengths, **sizes, seed=6)
+    dim = sizes["value_dim"]
+    pages.values.copy_(pages.keys[..., :dim])
+    pages.rows = [(query, key, key[..., :dim], table) for query, key, _, table in pages.rows]
+    return pages
+
+
+def test_latent_pages_are_keys_and_values_at_once() -> None:
+    lengths = [1, 17, 128, 200]
+    pages = latent_pages(lengths, heads=6, kv_heads=1, dim=40, value_dim=24)
+    token, parts = 0, [(row, 0, length) for row, length in enumerate(lengths)]
+    found = pages.attend(parts, is_latent=True)
+    assert found.shape == (sum(lengths), 6, 24)
+    for row, _, length in parts:
+        wanted = exact(pages, row, window=None, softcap=None, sinks=None)
+        torch.testing.assert_close(found[token : token + length].double(), wanted, rtol=1e-4, atol=1e-4)
+        token += length
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_bits_of_latent_attention_do_not_depend_on_chunks_or_batch(num_threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        lengths = [3, 130, 290, 128]
+        pages = latent_pages(lengths, **LATENT)
+        whole = [pages.attend([(row, 0, length)], is_latent=True) for row, length in enumerate(lengths)]
+        alone = [pages.attend([(row, n - 1, n)], is_latent=True)[0] for row, n in enumerate(lengths)]
+        assert all(torch.equal(one, all_of[-1]) for one, all_of in zip(alone, whole, strict=True))
+        for size, max_partials in ((2, 16_384), (4, 16_384), (4, 40)):
+            parts = [(row, lengths[row] - 3, lengths[row]) for row in range(size)]
+            found = pages.attend(parts, is_latent=True, max_partials=max_partials)
+            for place, row in enumerate(range(size)):
+                assert torch.equal(found[3 * place : 3 * place + 3], whole[row][-3:])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_freed_blocks_of_a_window_are_not_read() -> None:
     pages = Pages([400], heads=2, kv_heads=1, dim=32, value_dim=32, seed=4)
     whole = pages.attend([(0, 399, 400)], window=30)
@@ -134,7 +182,7 @@ def test_tokens_in_no_piece_get_zeros() -> None:
         [RowSpan(0, 1, 4, pages.rows[0][3])], window=None, null_block=NUM_BLOCKS, max_items=4,
         device=torch.device("cpu"),
     )  # fmt: skip
-    out = paged_attention(torch.randn(3, 2, 8), pages.keys, pages.values, pieces, scale=1.0)
+    out = paged_attention(torch.randn(3, 2, 8), pages.keys, pages.values, pieces, value_dim=8, scale=1.0)
     assert out[0].abs().sum() > 0
     assert out[1:].abs().sum() == 0
 
@@ -148,3 +196,9 @@ def test_rows_are_cut_into_pieces_of_bounded_size() -> None:
     ]
     assert sorted(covered) == list(range(307))
     assert all(len(piece.item_rows) <= 10 for piece in pieces)
+    few = plan_attention(
+        spans, window=None, null_block=100, max_items=10, max_partials=30, device=torch.device("cpu")
+    )
+    prompt = [piece for piece in few if piece.num_queries > 1]
+    assert all(len(piece.item_rows) * piece.num_queries <= 30 for piece in prompt)
+    assert sum(piece.num_queries for piece in prompt) == 300

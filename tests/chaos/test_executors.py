@@ -1,4 +1,4 @@
-"""An executor dies or stops in the middle of many streams: all of them end, with the tokens of a quiet run."""
+"""An executor dies or stops in the middle of many streams: all end, with the tokens of a quiet run."""
 
 import asyncio
 import os
@@ -16,7 +16,7 @@ NUM_TOKENS = 300
 
 
 async def run_streams(serve: Serve, fault: signal.Signals | None) -> tuple[list[list[int]], float]:
-    """The ids of all streams, greedy and seeded ones, and the longest pause between two events of a stream."""
+    """The ids of all streams, greedy and seeded, and the longest pause between two events of one."""
     pauses = [0.0] * NUM_STREAMS
 
     async def one(client: Client, i: int) -> list[int]:

@@ -22,6 +22,7 @@ from pagebus.bus.messages import (
 from pagebus.scheduler.actions import Action, Ended, Outcome, SendReply
 from pagebus.scheduler.executors import ExecutorState
 from pagebus.scheduler.fairness import VirtualCounters
+from pagebus.scheduler.lobby import Lobby
 from pagebus.scheduler.requests import (
     MAX_QUEUED_TOKENS,
     Refusal,
@@ -34,7 +35,7 @@ from pagebus.scheduler.requests import (
     has_valid_addresses,
     read_request,
 )
-from pagebus.scheduler.suspects import MAX_DEATHS, SuspectQueue
+from pagebus.scheduler.suspects import MAX_DEATHS
 from pagebus.scheduler.waiting import RefusedAttempts, WaitingQueue
 
 ACCEPTED_INTERVAL_S = 15.0
@@ -71,9 +72,7 @@ class RequestBook:
         self._deadlines: list[tuple[float, int, Request]] = []
         self._serials = itertools.count(1)
         self._tenants = VirtualCounters(config.tenant_weights)
-        self.waiting = WaitingQueue(self._tenants, config.patience_s)
-        self.num_held = 0  # rows that wait for a sibling's prefill, or for other suspects
-        self.suspects = SuspectQueue()
+        self.lobby = Lobby(WaitingQueue(self._tenants, config.patience_s))
         self.out: list[Action] = []
 
     @property
@@ -124,11 +123,11 @@ class RequestBook:
             self.fail(request, "poison_request", why, now_s)
 
     def _check_load(self, num_tokens: int) -> None:
-        num_waiting = len(self.waiting) + self.num_held
+        num_waiting = self.lobby.num_rows
         if num_waiting < self._config.max_num_queued_reqs:
-            if self.waiting.num_tokens + num_tokens <= MAX_QUEUED_TOKENS or num_waiting == 0:
+            if self.lobby.queue.num_tokens + num_tokens <= MAX_QUEUED_TOKENS or num_waiting == 0:
                 return
-            why = f"{self.waiting.num_tokens} prompt tokens wait, at most {MAX_QUEUED_TOKENS} may"
+            why = f"{self.lobby.queue.num_tokens} prompt tokens wait, at most {MAX_QUEUED_TOKENS} may"
         else:
             why = f"{num_waiting} rows wait, at most {self._config.max_num_queued_reqs} may"
         num_running = max(1, sum(len(executor.rows) for executor in self._executors.values()))
@@ -163,30 +162,9 @@ class RequestBook:
             self.end(request, "finished", now_s)
             return
         request.prompt_choice = request.rows[0].choice
-        self.num_held += len(request.rows)
-        if request.is_suspect:
-            self.suspects.add(request)
-        else:
-            self._release_first(request)
+        self.lobby.enter(request)
         heapq.heappush(self._deadlines, (request.deadline_s, request.rows[0].serial, request))
         self._tell_accepted(request, now_s)
-
-    def _release_first(self, request: Request) -> None:
-        """One choice waits for its turn; the others share its blocks once they are computed."""
-        first = request.rows[0]
-        first.state = RowState.WAITING
-        self.num_held -= 1
-        self.waiting.add(first)
-
-    def release_suspects(self) -> None:
-        """Suspects come back one at a time: as many are on their way as executors have none."""
-        num_free = sum(
-            executor.is_ready and executor.suspect is None for executor in self._executors.values()
-        )
-        num_free -= sum(row.request.is_suspect for row in self.waiting)
-        while num_free > 0 and (request := self.suspects.take()) is not None:
-            self._release_first(request)
-            num_free -= 1
 
     def _tell_accepted(self, request: Request, now_s: float) -> None:
         request.last_told_s = now_s
@@ -302,14 +280,12 @@ class RequestBook:
             executor = self._executors[row.executor]
             executor.settle_ids(row)
             executor.remove(row, is_finished=is_finished)
-            if self.waiting or not executor.rows:
+            if self.lobby.queue or not executor.rows:
                 executor.is_due = True
-        elif state is RowState.HELD:
-            self.num_held -= 1
         elif state is not RowState.FINISHED:
-            self.waiting.remove(row)
+            self.lobby.leave(row)
         self.close_row(row, reason)
-        self.release_siblings(row.request)
+        self.lobby.release_siblings(row.request)
 
     def close_row(self, row: Row, reason: str) -> None:
         """A row that no executor runs and that does not wait is over."""
@@ -318,16 +294,6 @@ class RequestBook:
         request.rows.remove(row)
         request.finishes[row.choice] = reason
         request.num_generated += len(row.ids) - request.num_prompt - row.num_received
-
-    def release_siblings(self, request: Request) -> None:
-        """The choices that waited for another one's prefill wait for their turn from now on."""
-        if self.num_held == 0 or request.is_held_back:
-            return
-        for row in request.rows:
-            if row.state is RowState.HELD:
-                row.state = RowState.WAITING
-                self.num_held -= 1
-                self.waiting.add(row)
 
     def row_placed(self, row: Row, executor: ExecutorState, now_s: float) -> None:
         """A row is about to run."""
@@ -346,7 +312,7 @@ class RequestBook:
         if request.first_token_s is None:
             request.first_token_s = now_s
         if len(request.rows) > 1:
-            self.release_siblings(request)
+            self.lobby.release_siblings(request)
 
     def pay(self, service: Mapping[int, int]) -> None:
         """Ids were made: their numbers, by the tenant's number."""
@@ -356,7 +322,7 @@ class RequestBook:
     def fit_waiting(self, now_s: float) -> None:
         """What waits was perhaps accepted before the context's limit was known."""
         max_model_len = self.max_model_len
-        for request in {row.request: None for row in self.waiting}:
+        for request in {row.request: None for row in self.lobby.queue}:
             if request.first_scheduled_s is not None:
                 continue  # it runs elsewhere, within its limits
             refusal = context_refusal(max(len(row.ids) for row in request.rows), max_model_len)

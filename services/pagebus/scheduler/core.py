@@ -213,10 +213,10 @@ class SchedulerCore:
         if row.state is RowState.RUNNING:
             executor.remove(row, is_finished=True)
         elif row.state is RowState.RETURNING:
-            self._book.waiting.remove(row)
+            self._book.lobby.leave(row)
         row.state = RowState.FINISHED
         self._finished.append((row, reason, now_s))
-        executor.is_due |= bool(self._book.waiting) or not executor.rows
+        executor.is_due |= bool(self._book.lobby.queue) or not executor.rows
 
     def _settle_finished(self) -> None:
         if self._finished:
@@ -236,7 +236,7 @@ class SchedulerCore:
                 if not row.request.rows:
                     self._book.end(row.request, "finished", now_s)
                 else:
-                    self._book.release_siblings(row.request)
+                    self._book.lobby.release_siblings(row.request)
 
     # -- time ------------------------------------------------------------------------------------------------
 
@@ -287,9 +287,12 @@ class SchedulerCore:
     def plan(self, now_s: float) -> list[Action]:
         """All that is to be sent now: replies, at most one new plan an executor, and repeated ones."""
         if self.epoch:
-            if self._book.suspects:
-                self._book.release_suspects()
-            if self._book.waiting:
+            if self._book.lobby.suspects:
+                live = self._executors.values()
+                self._book.lobby.release_suspects(
+                    sum(each.is_ready and each.suspect is None for each in live)
+                )
+            if self._book.lobby.queue:
                 self._place_waiting(now_s)
             for executor in self._executors.values():
                 if executor.is_due and len(executor.unacknowledged) < MAX_UNACKNOWLEDGED:
@@ -305,7 +308,7 @@ class SchedulerCore:
             self.settle()
         left = MAX_PLAN_START_BYTES
         while left > 0:
-            row = self._book.waiting.head(now_s)
+            row = self._book.lobby.queue.head(now_s)
             if row is None or row.state is not RowState.WAITING:
                 return
             stuck = (row.ticket, sum(executor.num_changes for executor in self._executors.values()))
@@ -314,7 +317,7 @@ class SchedulerCore:
                 self._stuck = stuck
                 self._make_room(row, now_s)
                 return
-            self._book.waiting.remove(row)
+            self._book.lobby.queue.remove(row)
             target = placing.start_position(place.executor.kv, row)
             place.executor.place(row, place.hit, place.copies, target, now_s)
             self._book.row_placed(row, place.executor, now_s)
@@ -323,7 +326,7 @@ class SchedulerCore:
 
     def _make_room(self, row: Row, now_s: float) -> None:
         """Preempt for a row that has waited too long, or for one with a better priority."""
-        is_starving = self._book.waiting.is_starving(row, now_s)
+        is_starving = self._book.lobby.queue.is_starving(row, now_s)
         for executor in self._executors.values():
             leaving = placing.rows_in_the_way(executor, row, is_starving, now_s, self._config.patience_s)
             if leaving is not None:
@@ -336,9 +339,8 @@ class SchedulerCore:
             row.request.num_preemptions += 1
             row.num_preemptions += 1
             row.waiting_since_s = now_s
-            row.state = RowState.RETURNING if row.is_told else RowState.WAITING
-            self._book.waiting.add(row)
-            self._book.release_siblings(row.request)
+            row.state = RowState.RETURNING if row.is_told else RowState.HELD
+        self._book.lobby.come_back(rows)
 
     def _horizon(self, executor: ExecutorState) -> int:
         return self._config.horizon or choose_horizon(executor.pace.step_s)

@@ -356,7 +356,7 @@ class ExecutorState:
             row = self.returning.popleft().row
             self._journal.complete_ids(row.slot)
             if row.state is RowState.RETURNING:
-                row.state = RowState.WAITING
+                row.state = RowState.WAITING if row.ticket else RowState.HELD
             self._free(row)
 
     def renew_due(self) -> None:

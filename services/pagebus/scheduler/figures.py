@@ -25,7 +25,7 @@ def figures_of(executors: Iterable[ExecutorState], book: RequestBook) -> Figures
     live = [executor for executor in executors if not executor.is_lost]
     return Figures(
         num_running=sum(len(executor.rows) for executor in live),
-        num_waiting=len(book.waiting) + book.num_held,
+        num_waiting=book.lobby.num_rows,
         num_executors=len(live),
         num_blocks=sum(executor.kv.main.num_blocks for executor in live),
         num_free_blocks=sum(executor.kv.main.num_free for executor in live),

@@ -50,7 +50,7 @@ def serve_two_tenants(seed, weights, num_requests=(600, 60), max_num_seqs=8, tur
         for tenant in served:
             made = sum(len(ids[0]) for name, ids in rig.results.items() if name[0] == tenant)
             history.append((tenant, served[tenant] + OUTPUT_WEIGHT * made))
-    waiting = {row.request.tenant for row in rig.core._book.waiting}
+    waiting = {row.request.tenant for row in rig.core._book.lobby.queue}
     assert waiting == {"a", "b"}, "a tenant ran out of requests: the bound says nothing then"
     return [dict(history[at : at + 2]) for at in range(0, len(history), 2)]
 

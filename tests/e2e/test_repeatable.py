@@ -1,4 +1,4 @@
-"""The same request gives the same tokens alone, among 32 others, preempted, by prefix hit and after a restart."""
+"""The same request gives the same tokens alone, among 32 others, preempted, after a hit and a restart."""
 
 import concurrent.futures
 import random

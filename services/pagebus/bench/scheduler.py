@@ -56,16 +56,14 @@ def main() -> None:
     parser.add_argument("--horizon", type=int, default=0)
     parser.add_argument("--step-ms", type=float, default=8.0, help="step time that the executor reports")
     arguments = parser.parse_args()
-    print(
-        "    rows   mean us a step   median      p99      bar   settled later   admission, us a request   plans"
-    )
+    print("    rows   mean us a step   median      p99      bar   settled later   admission, us   plans")
     for num_rows in arguments.rows:
         found = measure(num_rows, arguments.steps, arguments.horizon, arguments.step_ms / 1e3)
         steps = sorted(found.step_us)
         print(
             f"{num_rows:8} {statistics.fmean(steps):16.1f} {statistics.median(steps):8.1f} "
             f"{steps[int(len(steps) * 0.99)]:8.1f} {_BARS_US.get(num_rows, 0) or '':>8} "
-            f"{statistics.fmean(found.settle_us):15.1f} {found.admit_us:20.1f} {found.num_plans:7}"
+            f"{statistics.fmean(found.settle_us):15.1f} {found.admit_us:15.1f} {found.num_plans:7}"
         )
 
 

@@ -26,6 +26,7 @@ from pagebus.bus.messages import (
 from pagebus.requester.events import Event, NewTokens, RequestFailed, RequestSpec
 from pagebus.requester.packed_logprobs import cut, is_whole
 from pagebus.requester.prompt_part import PromptPart
+from pagebus.requester.suspicion import Suspicion
 
 NEVER = float("inf")
 
@@ -93,6 +94,7 @@ class RequestState:
         self._epoch = 0  # the leader's that works on this attempt, as far as known
         self._is_acknowledged = False
         self._num_failures = 0  # asked again since the last token
+        self._suspicion = Suspicion()
         self._last_sign_s = now_s
         self._running_since_s = NEVER
         self._ask_at_s = now_s
@@ -155,6 +157,8 @@ class RequestState:
             tenant=spec.tenant,
             cache_salt=spec.cache_salt,
             time_left_ms=max(1, int((self.deadline_s - now_s) * 1000)),
+            is_suspect=self._suspicion.is_suspect,
+            num_sole_suspect_deaths=self._suspicion.num_deaths,
             reply=self._reply,
             life=self._life,
         )
@@ -251,6 +255,7 @@ class RequestState:
         if not new and not (row.finish_reason and is_at_end):
             return None
         choice.ids.extend(new)
+        self._suspicion.note_ids(len(new))
         self._progress(now_s)
         if row.finish_reason:
             self._finish(choice, row.finish_reason)
@@ -306,6 +311,7 @@ class RequestState:
             return None
         if not failed.is_retryable:
             return self.fail(RequestFailed(failed.code, failed.message, failed.is_client_fault))
+        self._suspicion.note_failure(failed)
         pause_s = self._backed_off(self._timing.min_backoff_s)
         self._ask_at_s = min(self._ask_at_s, now_s + pause_s * self._rng.uniform(0.5, 1.0))
         return None

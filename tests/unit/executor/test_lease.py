@@ -485,7 +485,7 @@ def test_log_probabilities_reach_the_requester(runner: FakeRunner) -> None:
 
 
 def test_a_chunk_computed_already_is_made_up_for_by_the_next(runner: FakeRunner) -> None:
-    """A plan written without knowledge of a step wastes no step: each computes as many positions as planned."""
+    """A plan written without knowledge of a step wastes none: each computes as many positions as planned."""
     state = new_state()
     chunks = [Step(chunks=(chunk(at, at + 8),)) for at in range(0, 40, 8)]
     state.take_plan(plan(1, *chunks, rows=(row(),), grants=(grant([5, 6, 7]),)))

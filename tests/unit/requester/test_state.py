@@ -361,3 +361,32 @@ def test_each_id_once_and_in_order_or_a_typed_failure(seed, num_choices, max_tok
     else:
         assert failure.code == "timeout"
         assert now_s >= 120.0
+
+
+def test_what_schedulers_suspect_rides_along_until_it_got_on() -> None:
+    state = make(max_tokens=200)
+    first = state.ask(0.0)
+    assert first is not None
+    assert (first.is_suspect, first.num_sole_suspect_deaths) == (False, 0)
+    for deaths in (0, 1, 1):  # one death proves nothing
+        failed = Failed(
+            request_id=state.spec.request_id,
+            attempt=state.attempt,
+            code="executor_lost",
+            message="",
+            is_retryable=True,
+            is_suspect=True,
+            was_sole_suspect=deaths > 0,
+        )
+        state.on_failed(failed, 1.0)
+        again = state.ask(2.0)
+        assert again is not None
+        assert again.is_suspect == (deaths > 0)
+    assert again.num_sole_suspect_deaths == 2
+    row = TokenRow(
+        request_id=state.spec.request_id, attempt=state.attempt, index=0, ids=pack_ids(range(100, 134))
+    )
+    assert state.on_row(row, 1, 3.0)
+    cleared = state.ask(4.0)
+    assert cleared is not None
+    assert (cleared.is_suspect, cleared.num_sole_suspect_deaths) == (False, 0)

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from pagebus.bus.messages import Failed, PoolGroup
+from pagebus.requester.suspicion import Suspicion
 from tests.unit.scheduler.model_executor import expected_ids
 from tests.unit.scheduler.rig import Rig, executor
 
@@ -16,7 +17,7 @@ class Deaths(Rig):
         self.num_started = 0
         super().__init__([], **config)
         self.poison = poison
-        self.suspicion = {}  # by request: (is suspect, deaths)
+        self.suspicion = {}  # by request
         self.most_suspects = 0
         for _ in range(num_executors):
             self.start_executor()
@@ -35,19 +36,25 @@ class Deaths(Rig):
             self.core.on_no_responders(name, self.now)
 
     def ask(self, request_id, *args, **fields):
-        self.suspicion[request_id] = (False, 0)
+        self.suspicion[request_id] = Suspicion()
         super().ask(request_id, *args, **fields)
 
     def _reply(self, message):
         if isinstance(message, Failed) and message.is_retryable:
-            is_suspect, deaths = self.suspicion[message.request_id]
-            is_suspect |= message.is_suspect
-            deaths += message.was_sole_suspect
-            self.suspicion[message.request_id] = (is_suspect, deaths)
+            suspicion = self.suspicion[message.request_id]
+            suspicion.note_failure(message)
             prompt, max_tokens, fields = self.specs[message.request_id]
-            fields = {**fields, "is_suspect": is_suspect, "num_sole_suspect_deaths": deaths}
+            fields = {
+                **fields,
+                "is_suspect": suspicion.is_suspect,
+                "num_sole_suspect_deaths": suspicion.num_deaths,
+            }
             self.specs[message.request_id] = (prompt, max_tokens, fields)
         super()._reply(message)
+
+    def receive(self, request_id, attempt, choice, index, ids, finish):
+        self.suspicion[request_id].note_ids(len(ids))
+        super().receive(request_id, attempt, choice, index, ids, finish)
 
     def step(self, name):
         if name not in self.executors:
@@ -114,12 +121,41 @@ def test_ten_random_deaths_condemn_nobody(seed):
     check(rig)
 
 
-def test_a_suspect_that_got_on_is_none_any_more():
-    rig = Deaths(1, horizon=4)
-    rig.ask("a", prompt_of(0), 100)
+def killed_twice(rig, names):
+    """Two executors die with these requests, with a few ids made between."""
+    for name in names:
+        rig.ask(name, prompt_of(ord(name) % 10), 100)
     for _ in range(10):
         rig.turn()
     rig.kill("e1")
+    for _ in range(9):
+        rig.turn()
+    assert rig.executors["e2"].rows
+    rig.kill("e2")
+    rig.plan()
+
+
+def test_one_death_proves_nothing():
+    rig = Deaths(1)
+    for i in range(12):
+        rig.ask(f"r{i}", prompt_of(i), 50)
+    for _ in range(10):
+        rig.turn()
+    rig.kill("e1")
+    for _ in range(8):
+        rig.turn()
+    assert len(rig.executors["e2"].rows) == 12, "all of them are back at once"
+    rig.run()
+    check(rig)
+
+
+def test_a_suspect_that_got_on_is_none_any_more():
+    rig = Deaths(1, horizon=4)
+    killed_twice(rig, "a")
+    for _ in range(4):
+        rig.turn()
+    (known,) = [each for each in rig.core._executors.values() if not each.is_lost]
+    assert known.suspect is not None
     for _ in range(40):
         rig.turn()
     (known,) = [each for each in rig.core._executors.values() if not each.is_lost]
@@ -131,12 +167,8 @@ def test_a_suspect_that_got_on_is_none_any_more():
 
 def test_a_cancelled_suspect_holds_nobody_up():
     rig = Deaths(1)
-    for name in ("a", "b", "c"):
-        rig.ask(name, prompt_of(ord(name)), 100)
-    for _ in range(10):
-        rig.turn()
-    rig.kill("e1")
-    rig.plan()
+    killed_twice(rig, "abc")
+    assert rig.core.figures.num_waiting == 3
     for name in ("a", "b"):
         rig.cancel(name)
     rig.run()

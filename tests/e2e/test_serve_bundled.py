@@ -131,9 +131,14 @@ def test_a_client_that_goes_away_frees_its_blocks(serve: Serve, sdk: openai.Open
         extra_body={"ignore_eos": True},
     )
     next(iter(stream))
-    assert _metric(serve, "vllm:num_requests_running") >= 1
-    stream.close()
     deadline = threading.Event()
+    for _ in range(20):  # the load is told twice a second
+        if _metric(serve, "vllm:num_requests_running") >= 1:
+            break
+        deadline.wait(0.1)
+    else:
+        raise AssertionError("a running request is not shown")
+    stream.close()
     for _ in range(50):
         if (
             _metric(serve, "vllm:num_requests_running") == 0

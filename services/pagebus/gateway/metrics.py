@@ -56,6 +56,10 @@ class GatewayCollector(Collector):
         yield self._gauge("num_requests_running", "Rows running.", beat.num_running if beat else 0)
         yield self._gauge("num_requests_waiting", "Rows waiting.", beat.num_waiting if beat else 0)
         yield self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", used)
+        queries, hits = (beat.num_prefix_queries, beat.num_prefix_hits) if beat is not None else (0, 0)
+        yield self._counter("prefix_cache_queries", "Tokens looked up in the prefix cache.", queries)
+        yield self._counter("prefix_cache_hits", "Tokens found in the prefix cache.", hits)
+        yield self._counter("num_preemptions", "Rows preempted.", beat.num_preemptions if beat else 0)
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])

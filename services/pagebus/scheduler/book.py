@@ -73,6 +73,7 @@ class RequestBook:
         self._serials = itertools.count(1)
         self._tenants = VirtualCounters(config.tenant_weights)
         self.lobby = Lobby(WaitingQueue(self._tenants, config.patience_s))
+        self.num_prefix_queries = self.num_prefix_hits = self.num_preemptions = 0
         self.out: list[Action] = []
 
     @property
@@ -301,6 +302,8 @@ class RequestBook:
         if request.first_scheduled_s is None:
             request.first_scheduled_s = now_s
         executor.slots.tenant[row.slot] = self._tenants.number(request.tenant)
+        self.num_prefix_queries += row.num_ids
+        self.num_prefix_hits += row.num_cached
         if not row.is_charged:
             row.is_charged = True
             self._tenants.pay_input(request.tenant, row.num_ids - row.num_cached)

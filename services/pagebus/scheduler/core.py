@@ -340,6 +340,7 @@ class SchedulerCore:
             row.num_preemptions += 1
             row.waiting_since_s = now_s
             row.state = RowState.RETURNING if row.is_told else RowState.HELD
+        self._book.num_preemptions += len(rows)
         self._book.lobby.come_back(rows)
 
     def _horizon(self, executor: ExecutorState) -> int:

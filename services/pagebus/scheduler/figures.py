@@ -18,6 +18,9 @@ class Figures(NamedTuple):
     block_size: int
     max_model_len: int
     full_model_len: int  # the same before it was lowered to what the pools hold
+    num_prefix_queries: int  # tokens of rows that were placed in this term
+    num_prefix_hits: int  # ... whose KV was there
+    num_preemptions: int  # rows, in this term
 
 
 def figures_of(executors: Iterable[ExecutorState], book: RequestBook) -> Figures:
@@ -32,4 +35,7 @@ def figures_of(executors: Iterable[ExecutorState], book: RequestBook) -> Figures
         block_size=live[0].kv.groups[0].block_size if live else 16,
         max_model_len=book.max_model_len,
         full_model_len=min((executor.full_len for executor in live), default=0),
+        num_prefix_queries=book.num_prefix_queries,
+        num_prefix_hits=book.num_prefix_hits,
+        num_preemptions=book.num_preemptions,
     )

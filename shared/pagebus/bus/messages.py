@@ -339,6 +339,9 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     block_size: int = 16
     max_model_len: int = 0  # after it was lowered to what the pool holds; 0 while no executor is known
     full_model_len: int = 0  # before that
+    num_prefix_queries: int = 0  # tokens of rows that were placed in this term, of which the prefix cache
+    num_prefix_hits: int = 0  # had so many
+    num_preemptions: int = 0  # rows, in this term
 
 
 AnyMessage = Generate | Accepted | Rejected | Cancel | Failed | Plan | StepDone | Tokens | Hello | Heartbeat

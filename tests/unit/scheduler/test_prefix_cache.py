@@ -40,6 +40,7 @@ def test_a_second_request_finds_the_full_blocks_but_computes_a_position(length, 
         rig.ask(name, PROMPT[:length], 3)
         rig.run()
     assert hits(rig) == [0, num_hit]
+    assert (rig.core.figures.num_prefix_queries, rig.core.figures.num_prefix_hits) == (2 * length, num_hit)
     finish(rig)
 
 

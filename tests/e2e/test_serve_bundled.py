@@ -193,7 +193,7 @@ async def test_any_nats_client_can_ask_and_follow(serve: Serve) -> None:
     assert events[-1] == {
         "type": "done",
         "id": "by-hand",
-        "usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8},
+        "usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8, "cached_tokens": 0},
     }
 
 

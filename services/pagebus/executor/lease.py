@@ -98,6 +98,11 @@ class PlanState:
         return self._heard_epoch > self._epoch or self._misses_plan or self._needs_snapshot
 
     @property
+    def live_choices(self) -> list[tuple[str, int]]:
+        """(request id, choice) of each row that is not over; by the rules of plans no two are the same."""
+        return [(row.start.request_id, row.start.choice) for row in self._rows.values() if not row.is_over]
+
+    @property
     def num_steps_left(self) -> int:
         """Steps of the lease that are not launched yet."""
         return len(self._lease)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from pagebus.bus import subjects
 from pagebus.bus.messages import (
@@ -32,9 +33,11 @@ from pagebus.bus.protocol import (
 )
 from pagebus.executor.batch import Runner
 from pagebus.executor.fake import build_fake_runner
+from pagebus.executor.lease import View
 from pagebus.executor.liveness import Answer, Probes
 from pagebus.executor.reports import REPEAT_INTERVAL_S, Outbox, Report
-from pagebus.executor.worker import Acknowledge, Event, HelloWanted, Ready, Stopped, Worker
+from pagebus.executor.step_loop import Acknowledge, Event, HelloWanted, Ready, Stopped
+from pagebus.executor.worker import Worker
 from pagebus.settings.structs import ExecutorSettings
 
 _log = logging.getLogger(__name__)
@@ -59,6 +62,43 @@ def build(settings: ExecutorSettings, path: Path) -> Runner:
     return build_runner(settings, path)
 
 
+class Steps(Protocol):
+    """Runs a model's steps. Events go to the callback that it was made with, in order and on the loop."""
+
+    @property
+    def view(self) -> View:
+        """The state after the last command."""
+
+    def start(self) -> None:
+        """Build the model; `Ready` follows."""
+
+    def take_plan(self, plan: Plan) -> None:
+        """Hand over a plan; it is applied after the running step."""
+
+    def hear(self, epoch: int) -> None:
+        """A leader of this epoch was heard."""
+
+    def end_requesters(self, lives: frozenset[str]) -> None:
+        """Nobody listens on these life subjects any more."""
+
+    def stop(self) -> None:
+        """Finish the running step, then end; `Stopped` follows."""
+
+
+class MakeSteps(Protocol):
+    """`Worker`, or what stands for it."""
+
+    def __call__(
+        self,
+        executor: str,
+        build: Callable[[], Runner],
+        on_event: Callable[[Event], None],
+        *,
+        loop: asyncio.AbstractEventLoop,
+    ) -> Steps:
+        """Make it; nothing runs before `start`."""
+
+
 async def run(
     settings: ExecutorSettings,
     bus: Bus,
@@ -68,12 +108,16 @@ async def run(
     *,
     build: Build = build,
     clock: Callable[[], float] = time.monotonic,
+    make_steps: MakeSteps = Worker,
 ) -> None:
-    """Serve until `stop`; then the running step is finished and sent. Raises what `build` raises."""
+    """Serve until `stop`; then the running step is finished and sent. Raises what `build` raises.
+
+    `make_steps` gives what runs the steps: a thread of its own, or, in a simulation, timers.
+    """
     switch_interval_s = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
-        await _Service(settings, bus, path, name, build, clock).serve(stop)
+        await _Service(settings, bus, path, name, build, clock, make_steps).serve(stop)
     finally:
         sys.setswitchinterval(switch_interval_s)
 
@@ -96,6 +140,7 @@ class _Service:
         name: str,
         build: Build,
         clock: Callable[[], float],
+        make_steps: MakeSteps,
     ) -> None:
         self._settings = settings
         self._bus = bus
@@ -105,7 +150,7 @@ class _Service:
         self._hello_subject = subjects.hello(self._model)
         self._clock = clock
         loop = asyncio.get_running_loop()
-        self._worker = Worker(name, lambda: build(settings, path), self._on_event, loop=loop)
+        self._worker = make_steps(name, lambda: build(settings, path), self._on_event, loop=loop)
         self._loaded: asyncio.Future[None] = loop.create_future()
         self._stopped: asyncio.Future[None] = loop.create_future()
         self._ready: Ready | None = None

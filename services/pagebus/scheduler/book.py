@@ -39,6 +39,7 @@ from pagebus.scheduler.suspects import MAX_DEATHS
 from pagebus.scheduler.waiting import RefusedAttempts, WaitingQueue
 
 ACCEPTED_INTERVAL_S = 15.0
+MAX_PARDONED = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,7 @@ class RequestBook:
         self._counters = counters
         self._requests: dict[str, Request] = {}
         self._refused = RefusedAttempts()
+        self._pardoned: set[str] = set()
         self._deadlines: list[tuple[float, int, Request]] = []
         self._serials = itertools.count(1)
         self._tenants = VirtualCounters(config.tenant_weights)
@@ -117,7 +119,13 @@ class RequestBook:
         if old is not None:
             request.arrival_s = old.arrival_s
             self.end(old, "replaced", now_s)
+        is_pardoned = request_id in self._pardoned
+        if is_pardoned:
+            self._pardoned.discard(request_id)
+            request.is_suspect, request.num_deaths = False, 0
         self._start(request, choices, now_s)
+        if is_pardoned and request.rows:
+            self._tell_accepted(request, now_s, is_cleared=True)
         if request.num_deaths >= MAX_DEATHS and request.rows:
             why = f"{request.num_deaths} executors died while they ran this request"
             self._counters["poison"] += 1
@@ -167,7 +175,17 @@ class RequestBook:
         heapq.heappush(self._deadlines, (request.deadline_s, request.rows[0].serial, request))
         self._tell_accepted(request, now_s)
 
-    def _tell_accepted(self, request: Request, now_s: float) -> None:
+    def pardon(self, request_id: str, now_s: float) -> None:
+        """An executor that was thought to have died of this request, perhaps, had not."""
+        request = self._requests.get(request_id)
+        if request is None:
+            if len(self._pardoned) < MAX_PARDONED:
+                self._pardoned.add(request_id)  # it may be on its way
+        else:
+            request.is_suspect, request.num_deaths = False, 0
+            self._tell_accepted(request, now_s, is_cleared=True)
+
+    def _tell_accepted(self, request: Request, now_s: float, *, is_cleared: bool = False) -> None:
         request.last_told_s = now_s
         is_running = any(row.state is RowState.RUNNING for row in request.rows)
         message = Accepted(
@@ -175,6 +193,7 @@ class RequestBook:
             attempt=request.attempt,
             epoch=self._epoch,
             state="running" if is_running else "queued",
+            is_cleared=is_cleared,
         )
         self.out.append(SendReply(request.reply, message))
 

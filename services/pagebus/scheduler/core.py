@@ -113,6 +113,9 @@ class SchedulerCore:
             self._meet(hello, None, now_s)
             return
         if executor.is_lost:
+            if hello.epoch == self.epoch and hello.plan > 0 and not executor.is_stuck:
+                for request_id in executor.lost_requests:  # it lives: nothing of it had died
+                    self._book.pardon(request_id, now_s)
             self._meet(hello, executor, now_s)
             return
         executor.hear(now_s)
@@ -152,10 +155,12 @@ class SchedulerCore:
         self._settle_finished()
         self._stuck = (0, 0)
         executor.is_lost = True
+        executor.lost_requests = []
         rows = [*executor.rows.values(), *(entry.row for entry in executor.returning)]
         suspect = None if executor.suspect is None else executor.suspect.request
         for request in {row.request: None for row in rows if row.state is not RowState.OVER}:
             is_suspect = suspect is None or request is suspect
+            executor.lost_requests.append(request.request_id)
             self._book.fail(
                 request,
                 "executor_lost",
@@ -264,6 +269,7 @@ class SchedulerCore:
                 stuck_s = now_s - executor.progress_s
                 why = f"executor {executor.name} has work and did none for {stuck_s:.1f} s"
                 self._give_up(executor, why, now_s)
+                executor.is_stuck = True
             case Verdict.PROBE:
                 self._book.out.append(Probe(executor.name))
 

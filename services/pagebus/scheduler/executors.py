@@ -75,6 +75,8 @@ class ExecutorState:
         self.num_steps = 0  # StepDones processed, in order
         self.num_steps_told = 0  # ... as the newest plan says
         self.is_lost = False
+        self.is_stuck = False  # it was lost because it hangs, and still says hello
+        self.lost_requests: list[str] = []  # ids of what ran here when it was given up
         self.pace = Pace()
         self.num_changes = 0  # counts what may give a waiting row room
         self._handle_source = handles

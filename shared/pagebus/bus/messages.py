@@ -116,12 +116,16 @@ class Generate(Message, frozen=True, kw_only=True):
 
 
 class Accepted(Message, frozen=True, kw_only=True):
-    """scheduler -> requester: the attempt is known; repeated every 15 s while nothing else is sent."""
+    """scheduler -> requester: the attempt is known; repeated every 15 s while nothing else is sent.
+
+    `is_cleared`: an executor thought dead had only been away; what was suspected for that is not any more.
+    """
 
     request_id: str
     attempt: int
     epoch: int
     state: Literal["queued", "running"] = "queued"
+    is_cleared: bool = False
 
 
 class Rejected(Message, frozen=True, kw_only=True):

@@ -294,6 +294,8 @@ class RequestState:
         if accepted.attempt != self.attempt or self.has_ended or accepted.epoch < self._epoch:
             return
         self._sign(accepted.epoch, now_s)
+        if accepted.is_cleared:
+            self._suspicion.clear()
         if accepted.state == "running" and self._running_since_s == NEVER:
             self._running_since_s = now_s
 
@@ -325,8 +327,6 @@ class RequestState:
         """The owner was cut off: anything may have been lost."""
         if self.attempt > 0:
             self._ask_soon(now_s)
-
-    # Inside
 
     def _sign(self, epoch: int, now_s: float) -> None:
         """Somebody works on the attempt; for an older leader than the one asked, it does not count."""

@@ -27,9 +27,14 @@ class Suspicion:
         self._num_aboard += failed.is_suspect
         self.num_deaths += failed.was_sole_suspect
 
+    def clear(self) -> None:
+        """It had nothing to do with what happened."""
+        self._num_aboard = self.num_deaths = 0
+
     def note_ids(self, num_ids: int) -> None:
-        """The request got on."""
+        """The request got on: what kills does so at the same id again, so deaths before it prove nothing."""
+        self.num_deaths = 0
         if self._num_aboard:
             self._num_ids += num_ids
             if self._num_ids >= HARMLESS_IDS:
-                self._num_aboard = self.num_deaths = 0
+                self.clear()

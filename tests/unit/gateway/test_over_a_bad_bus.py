@@ -15,7 +15,7 @@ from pagebus.gateway.server import make_context
 from pagebus.gateway.tokenizer import Tokenizer
 from pagebus.requester.client import Requester
 from pagebus.settings.structs import GatewaySettings
-from tests.support import virtual_time
+from pagebus.sim import virtual_time
 from tests.support.answers import events
 from tests.support.fake_server import FakeServer, token
 from tests.support.gateway import MODEL, byte_model, ids

@@ -21,7 +21,7 @@ from pagebus.bus.messages import (
 )
 from pagebus.requester.client import Requester
 from pagebus.requester.events import Event, NewTokens, RequestFailed, RequestSpec
-from tests.support import virtual_time
+from pagebus.sim import virtual_time
 from tests.support.fake_server import MODEL, FakeServer, assert_whole
 from tests.support.logprobs import made_up_all
 

@@ -383,10 +383,37 @@ def test_what_schedulers_suspect_rides_along_until_it_got_on() -> None:
         assert again is not None
         assert again.is_suspect == (deaths > 0)
     assert again.num_sole_suspect_deaths == 2
-    row = TokenRow(
-        request_id=state.spec.request_id, attempt=state.attempt, index=0, ids=pack_ids(range(100, 134))
-    )
-    assert state.on_row(row, 1, 3.0)
+    for num_ids, is_suspect in ((1, True), (33, False)):
+        have = state.num_ids(0)
+        row = TokenRow(
+            request_id=state.spec.request_id,
+            attempt=state.attempt,
+            index=have,
+            ids=pack_ids(range(100, 100 + num_ids)),
+        )
+        assert state.on_row(row, 1, 3.0)
+        cleared = state.ask(4.0)
+        assert cleared is not None
+        assert (cleared.is_suspect, cleared.num_sole_suspect_deaths) == (is_suspect, 0)
+
+
+def test_a_scheduler_may_clear_a_suspect() -> None:
+    state = make(max_tokens=200)
+    for attempt in (1, 2):
+        state.ask(0.0)
+        failed = Failed(
+            request_id=state.spec.request_id,
+            attempt=attempt,
+            code="executor_lost",
+            message="",
+            is_retryable=True,
+            is_suspect=True,
+        )
+        state.on_failed(failed, 1.0)
+    suspect = state.ask(2.0)
+    assert suspect is not None
+    assert suspect.is_suspect
+    state.on_accepted(Accepted(request_id=state.spec.request_id, attempt=3, epoch=1, is_cleared=True), 3.0)
     cleared = state.ask(4.0)
     assert cleared is not None
-    assert (cleared.is_suspect, cleared.num_sole_suspect_deaths) == (False, 0)
+    assert not cleared.is_suspect

@@ -4,10 +4,11 @@ import random
 
 import pytest
 
-from pagebus.bus.messages import Failed, PoolGroup
+from pagebus.bus.messages import Accepted, Failed, PoolGroup
 from pagebus.requester.suspicion import Suspicion
+from pagebus.scheduler.actions import SendReply
 from tests.unit.scheduler.model_executor import expected_ids
-from tests.unit.scheduler.rig import Rig, executor
+from tests.unit.scheduler.rig import Rig, executor, generate
 
 
 class Deaths(Rig):
@@ -174,3 +175,27 @@ def test_a_cancelled_suspect_holds_nobody_up():
     rig.run()
     assert rig.ends == {"a": "cancelled", "b": "cancelled", "c": "finished"}
     assert rig.core.figures.num_waiting == 0
+
+
+def test_an_executor_that_comes_back_alive_clears_those_it_was_given_up_with():
+    """It had been cut off, nobody had died: its requests are told so, also those that ask later."""
+    rig = Deaths(1)
+    for name in ("early", "late"):
+        rig.ask(name, prompt_of(len(name)), 100)
+    for _ in range(10):
+        rig.turn()
+    for _ in range(2):
+        rig.core.on_no_responders("e1", rig.now)
+    told = [action.message for action in rig.core._book.out if isinstance(action, SendReply)]
+    assert [failed.is_suspect for failed in told if isinstance(failed, Failed)] == [True, True]
+    rig.core._book.out.clear()
+    for name in ("early", "late"):
+        if name == "late":
+            rig.core.on_hello(rig.executors["e1"].hello(), rig.now)
+        rig.core.on_generate(
+            generate(name, prompt_of(5), attempt=2, is_suspect=True, num_sole_suspect_deaths=1), rig.now
+        )
+    told = [action.message for action in rig.core._book.out if isinstance(action, SendReply)]
+    cleared = {message.request_id for message in told if isinstance(message, Accepted) and message.is_cleared}
+    assert cleared == {"early", "late"}
+    assert not any(row.request.is_suspect for row in rig.core._book.lobby.queue)

@@ -12,7 +12,9 @@ from pagebus.kernels.jit import IS_INTERPRETED
 from pagebus.kernels.triton_attention import TileConfig, num_segments, tile_config
 from tests.support.kernel_checks import AttentionCase, check_attention, poison_empty
 
-pytestmark = pytest.mark.skipif(not IS_INTERPRETED, reason="triton was imported before TRITON_INTERPRET was set")
+pytestmark = pytest.mark.skipif(
+    not IS_INTERPRETED, reason="triton was imported before TRITON_INTERPRET was set"
+)
 SMALL = TileConfig(16, 16, 4, 1)
 MIXED = [(1, 40), (19, 19), (7, 53), (1, 1), (33, 70), (0, 0), (1, 16)]
 
@@ -35,7 +37,9 @@ def test_mixed_batch(window, config) -> None:
 @pytest.mark.parametrize("is_decode", [False, True])
 def test_head_sizes(k_dim, v_dim, is_decode) -> None:
     rows = [(1, 37), (1, 5)] if is_decode else [(3, 37), (5, 5)]
-    check_attention(AttentionCase(rows, k_dim=k_dim, v_dim=v_dim, is_decode=is_decode, segments=1 + is_decode))
+    check_attention(
+        AttentionCase(rows, k_dim=k_dim, v_dim=v_dim, is_decode=is_decode, segments=1 + is_decode)
+    )
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 6), (7, 1), (14, 2), (20, 1), (32, 2), (9, 3)])
@@ -45,14 +49,14 @@ def test_groups_of_heads(heads, kv_heads, is_decode) -> None:
     check_attention(AttentionCase(rows, heads=heads, kv_heads=kv_heads, is_decode=is_decode))
 
 
-@pytest.mark.parametrize("segments", [1, 2, 4, 16])
+@pytest.mark.parametrize("segments", [1, 2, 8])
 @pytest.mark.parametrize("window", [None, 20])
 def test_split_decode(segments, window) -> None:
-    rows = [(1, 200), (1, 1), (1, 0), (1, 17), (1, 64), (1, 0)]
+    rows = [(1, 150), (1, 1), (1, 0), (1, 17), (1, 0)]
     out = check_attention(
         AttentionCase(rows, is_decode=True, segments=segments, window=window, config=SMALL, has_sinks=True)
     )
-    assert not out[[2, 5]].any()
+    assert not out[[2, 4]].any()
 
 
 @pytest.mark.parametrize("is_decode", [False, True])
@@ -61,16 +65,16 @@ def test_softcap_sinks_and_pages_head_major(is_decode, dtype) -> None:
     rows = [(1, 50), (1, 0), (1, 33)] if is_decode else MIXED
     check_attention(
         AttentionCase(
-            rows, softcap=3.0, has_sinks=True, window=30, is_decode=is_decode, is_head_major=True, dtype=dtype,
-            segments=2 if is_decode else 1, config=SMALL, scales=(0.5, 1.7),
+            rows, softcap=3.0, has_sinks=True, window=30, is_decode=is_decode, is_head_major=True,
+            dtype=dtype, segments=2 if is_decode else 1, config=SMALL, scales=(0.5, 1.7),
             tolerance=3e-5 if dtype == torch.float32 else 4e-3,
         )
     )  # fmt: skip
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    lengths=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 40)), min_size=1, max_size=5),
+    lengths=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 40)), min_size=1, max_size=4),
     group=st.integers(1, 9),
     window=st.none() | st.integers(1, 50),
     seed=st.integers(0, 2**31),

@@ -1,0 +1,169 @@
+"""Compiles each kernel for Hopper down to machine code, as its launcher would, on a machine without a GPU.
+
+Run as a program (`python -m tests.support.compile_kernels`): the interpreter must be off, and launches are
+replaced by compilations in this process. Prints a line a kernel; exits with 1 where one does not compile.
+"""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from pagebus.kernels.triton_attention import triton_paged_attention
+from pagebus.kernels.triton_filters import triton_limits
+from pagebus.kernels.triton_gated import triton_gated
+from pagebus.kernels.triton_norm import triton_add_rms_norm
+from pagebus.kernels.triton_penalties import triton_penalize
+from pagebus.kernels.triton_rope_kv import HeadNorm, triton_rope_kv
+from pagebus.kernels.triton_sampling import triton_sample, triton_scan
+
+TARGET = GPUTarget("cuda", 90, 32)
+_TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
+    torch.float8_e4m3fn: "fp8e4nv", torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+_OPTIONS = {"num_warps", "num_stages", "grid", "warmup"}
+TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+SHARED_MEMORY = 227 * 1024
+seen: set[str] = set()
+case = ""
+
+
+def compile_launch(self, *args, **kwargs) -> None:
+    options = {name: kwargs.pop(name) for name in list(kwargs) if name in _OPTIONS}
+    bound = inspect.signature(self.fn).bind(*args, **kwargs).arguments
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(self.params):
+        value = bound[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + _TYPES[value.dtype]
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(self, signature, constants, attributes)
+    made = triton.compile(
+        source, target=TARGET, options={n: v for n, v in options.items() if n.startswith("num_")}
+    )
+    shared = made.metadata.shared
+    assert shared <= SHARED_MEMORY, f"{self.fn.__name__} wants {shared} bytes of shared memory"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        used = subprocess.run(
+            [TOOL, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, spilled = re.findall(r"REG:(\d+) STACK:(\d+)", used)[-1]
+    seen.add(self.fn.__name__)
+    print(
+        f"{case:44} {self.fn.__name__:12} shared {shared:7}  registers {registers:3}  stack {spilled:5}",
+        flush=True,
+    )
+
+
+def attention(dtype, k_dim, v_dim, heads, kv_heads, *, is_decode, page_dtype=None, **options) -> None:
+    global case
+    how = "decode" if is_decode else "mixed"
+    case = f"{str(dtype)[6:]} {k_dim}/{v_dim} {heads}/{kv_heads} {how} {' '.join(options)}"
+    rows, tokens = 3, 3 if is_decode else 40
+    scale = torch.ones(1) if page_dtype else None
+    triton_paged_attention(
+        torch.empty(tokens, heads, k_dim, dtype=dtype),
+        torch.empty(16, kv_heads, 16, k_dim, dtype=page_dtype or dtype),
+        torch.empty(16, kv_heads, 16, v_dim, dtype=page_dtype or dtype),
+        torch.zeros(rows, 64, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32),
+        None if is_decode else torch.zeros(rows + 1, dtype=torch.int32),
+        scale=0.1, key_scale=scale, value_scale=scale, **options,
+    )  # fmt: skip
+
+
+def all_attention() -> None:
+    bf16, fp8 = torch.bfloat16, torch.float8_e4m3fn
+    for is_decode in (False, True):
+        split = {"segments": 8} if is_decode else {}
+        attention(bf16, 128, 128, 32, 8, is_decode=is_decode, **split)
+        attention(bf16, 128, 128, 32, 8, is_decode=is_decode, page_dtype=fp8, **split)
+        attention(bf16, 64, 64, 64, 8, is_decode=is_decode, window=128, sinks=torch.ones(64, dtype=bf16))
+        attention(bf16, 256, 256, 8, 4, is_decode=is_decode, window=4096, softcap=50.0, **split)
+        attention(bf16, 192, 128, 16, 16, is_decode=is_decode)
+        attention(bf16, 576, 512, 16, 1, is_decode=is_decode)
+        attention(torch.float16, 80, 80, 32, 32, is_decode=is_decode)
+        attention(torch.float32, 96, 96, 14, 2, is_decode=is_decode)
+        attention(torch.float32, 256, 256, 8, 4, is_decode=is_decode)
+
+
+def layers() -> None:
+    global case
+    case = "layer"
+    bf16, positions = torch.bfloat16, torch.zeros(3, dtype=torch.int64)
+    weights = torch.empty(128, dtype=bf16)
+    for page_dtype, scale, norm, is_interleaved in (
+        (bf16, None, None, False),
+        (torch.float8_e4m3fn, torch.ones(1), HeadNorm(weights, weights, 1e-6), False),
+        (bf16, None, HeadNorm(weights, weights, 1e-6, is_offset=True), True),
+    ):
+        pages = torch.empty(4, 8, 16, 128, dtype=page_dtype)
+        triton_rope_kv(
+            torch.empty(3, 48 * 128, dtype=bf16), pages, pages, positions, positions.int(),
+            torch.empty(9, 64), torch.empty(9, 64), num_heads=32,
+            is_interleaved=is_interleaved, norm=norm, key_scale=scale,
+            value_scale=scale,
+        )  # fmt: skip
+    x, weight = torch.empty(3, 4096, dtype=bf16), torch.empty(4096, dtype=bf16)
+    triton_add_rms_norm(x, x, weight, 1e-6)
+    triton_add_rms_norm(x, None, weight, 1e-6, is_offset=True)
+    triton_gated(x, "silu")
+    triton_gated(x, "gelu_tanh")
+
+
+def sampling() -> None:
+    global case
+    rows = 3
+    numbers, heat = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows)
+    for logits in (torch.empty(rows, 151_936, dtype=torch.bfloat16), torch.empty(rows, 128_256)):
+        case = f"sampling {str(logits.dtype)[6:]}"
+        scanned = triton_scan(logits)
+        limits = triton_limits(logits, scanned.tops, heat, heat, numbers.int(), heat.double())
+        triton_sample(logits, scanned, heat, limits, numbers, numbers)
+    short = numbers.int()
+    triton_penalize(
+        logits, torch.zeros(4, dtype=torch.int32), short, heat, short, short.to(torch.int8), heat, heat, heat
+    )
+
+
+def main() -> None:
+    JITFunction.run = compile_launch
+    layers()
+    sampling()
+    all_attention()
+    kernels = {
+        "_attend",
+        "_reduce",
+        "_rope_kv",
+        "_rms_norm",
+        "_gated",
+        "_scan",
+        "_choose",
+        "_draw",
+        "_pick",
+        "_limits",
+    }
+    sys.exit(0 if seen >= kernels | {"_penalize"} else f"never launched: {kernels - seen}")
+
+
+if __name__ == "__main__":
+    main()

@@ -20,6 +20,7 @@ from typing import Literal, get_args
 
 from pagebus.cli.errors import CommandError
 from pagebus.cli.lifeline import before_exec
+from pagebus.cli.processes import send
 
 Role = Literal["gateway", "scheduler", "executor", "tool", "client"]
 ROLES: tuple[str, ...] = get_args(Role)
@@ -153,7 +154,7 @@ class EmbeddedNats:
     async def restart(self) -> None:
         """End it as a crash would (SIGKILL) and start it in place."""
         if self._process is not None and self.is_running:
-            self._process.kill()
+            send(self._process, signal.SIGKILL)
             await self._process.wait()
         await self.start()
 
@@ -166,11 +167,11 @@ class EmbeddedNats:
     async def stop(self) -> None:
         """End the server and remove what was temporary."""
         if self._process is not None and self.is_running:
-            self._process.send_signal(signal.SIGTERM)
+            send(self._process, signal.SIGTERM)
             try:
                 await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT_S)
             except TimeoutError:
-                self._process.kill()
+                send(self._process, signal.SIGKILL)
                 await self._process.wait()
         if self._directory is not None:
             await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
@@ -203,7 +204,7 @@ class EmbeddedNats:
             await asyncio.wait_for(self._until_it_accepts(), _START_TIMEOUT_S)
         except (TimeoutError, ConnectionError) as error:
             if self.is_running:
-                self._process.kill()
+                send(self._process, signal.SIGKILL)
                 await self._process.wait()
             raise CommandError(f"nats-server did not start: {self._last_words() or error}") from None
 

@@ -135,8 +135,16 @@ class ServiceProcess:
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(number)
+            send(self._process, number)
+
+
+def send(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    """Send a signal to a child that was not seen to end.
+
+    Not `send_signal`: it polls, and may so take a dead child's exit code away from asyncio's own watcher.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, number)
 
 
 def _ended(code: int) -> str:

@@ -14,10 +14,10 @@ from pagebus.scheduler.blocks import Ints
 from pagebus.scheduler.requests import Row
 from pagebus.scheduler.slots import Handles, SlotTable
 
-MAX_HORIZON = 32
+MAX_HORIZON = 16
 MIN_HORIZON = 2
-LEASE_S = 0.024
-"""A lease lasts about so long, so that half of one covers a plan's way over the bus."""
+LEASE_S = 0.064
+"""A lease lasts about so long: half of one covers a plan's way over the bus, and plans are few."""
 
 
 class Budget(NamedTuple):

@@ -116,7 +116,7 @@ def test_steps_that_are_alike_are_told_once():
 
 @pytest.mark.parametrize(
     ("step_s", "horizon"),
-    [(0.0, 8), (0.1, 2), (0.025, 2), (0.008, 3), (0.004, 6), (0.0015, 16), (0.0001, 32)],
+    [(0.0, 8), (0.1, 2), (0.045, 2), (0.025, 3), (0.008, 8), (0.005, 13), (0.004, 16), (0.0001, 16)],
 )
 def test_a_lease_covers_the_way_of_a_plan(step_s, horizon):
     assert choose_horizon(step_s) == horizon

@@ -1,6 +1,6 @@
 """What the services ask of a bus. `NatsBus` and `MemoryBus` provide it; services know only this."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 
@@ -90,8 +90,27 @@ class KeyValue(Protocol):
         """Write without comparing; the new revision."""
 
 
+class Stored(NamedTuple):
+    """A message as a log kept it. `sequence` rises over all subjects of the log, with gaps on each of them."""
+
+    sequence: int
+    data: bytes
+
+
+class MessageLog(Protocol):
+    """What was published on some subjects, kept for a while beside its delivery: publishers pay nothing and
+    learn nothing of it, so a message may be missing. Every call raises `BusError` when it cannot be answered."""
+
+    async def last_sequence(self) -> int:
+        """The newest message's sequence; 0 in an empty log."""
+
+    def read(self, subject: str, first_sequence: int) -> AsyncIterator[Stored]:
+        """What is kept of one subject (no wildcard) from `first_sequence` on, in order; ends where nothing
+        more is kept now."""
+
+
 class Bus(Protocol):
-    """Publish and subscribe with at-most-once delivery, and key-value buckets."""
+    """Publish and subscribe with at-most-once delivery, key-value buckets, and logs of what was published."""
 
     @property
     def is_connected(self) -> bool:
@@ -119,8 +138,13 @@ class Bus(Protocol):
     async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> Subscription:
         """Deliver messages on `subject` (may hold `*`, `>`) to `handler`; each to one of a `queue` group."""
 
-    async def key_value(self, bucket: str) -> KeyValue:
-        """The bucket, made if absent."""
+    async def key_value(self, bucket: str, *, max_age_s: float | None = None) -> KeyValue:
+        """The bucket, made if absent; its values go after `max_age_s`, None: never."""
+
+    async def message_log(
+        self, name: str, subjects: Sequence[str], *, max_age_s: float, max_bytes: int
+    ) -> MessageLog:
+        """The log `name` of `subjects` (may hold `*`, `>`), made if absent; it forgets the oldest first."""
 
     def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
         """Run `callback` after every reconnect: messages may have been lost."""

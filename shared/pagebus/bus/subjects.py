@@ -24,6 +24,15 @@ _NOT_SLUG = re.compile(r"[^A-Za-z0-9_-]+")
 BUCKET = "pagebus"
 """The key-value bucket that holds leadership."""
 
+STREAMS_BUCKET = "pagebus-streams"
+"""The key-value bucket that holds the records of stored streams and of idempotency keys."""
+
+OUT_LOG = "pagebus-out"
+"""The log of everything that was sent to requesters."""
+
+ALL_OUT = "pagebus.out.*"
+"""What `OUT_LOG` keeps: every requester's reply subject."""
+
 GATEWAY_QUEUE = "gateways"
 """The queue group in which gateways serve public requests."""
 

@@ -4,6 +4,7 @@ uvicorn bounds neither the size of a request's head nor how slowly head and body
 """
 
 import asyncio
+import socket
 from http import HTTPStatus
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -15,6 +16,8 @@ MAX_HEADERS = 100
 MAX_HEAD_BYTES = 32 << 10
 HEAD_TIMEOUT_S = 10.0
 MESSAGE_TIMEOUT_S = 60.0
+SEND_BUFFER_BYTES = 128 << 10
+"""The kernel's share of what a client has not read; by itself it grows to megabytes."""
 
 
 class _HeadTooLargeError(Exception):
@@ -32,6 +35,9 @@ class GatewayConnection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The first request's head is awaited."""
         super().connection_made(transport)
+        sock = transport.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self._set_deadline(HEAD_TIMEOUT_S)
 
     def connection_lost(self, exc: Exception | None) -> None:

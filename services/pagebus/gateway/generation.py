@@ -63,6 +63,7 @@ class Generation:
         self._num_open = len(choices)
         self.is_over = False
         self.on_over: Callable[[], None] = lambda: None
+        self.on_failed: Callable[[RequestFailed], None] = lambda failure: None
 
     @property
     def usage(self) -> Usage:
@@ -112,6 +113,7 @@ class Generation:
                     self._on_event(PromptEvent(event.start, event.logprobs))
                 case _:
                     self._end("error", event.code)
+                    self.on_failed(event)
                     self._on_event(event)
         except Exception:
             _log.exception("request %s failed in the gateway", self._request.request_id)

@@ -7,6 +7,7 @@ from pagebus.gateway.counters import Counters
 from pagebus.gateway.errors import ApiError, invalid
 from pagebus.gateway.generation import Choice, Generation
 from pagebus.gateway.generation_events import GenerationRequest, OnEvent
+from pagebus.gateway.shedding import Shedding
 from pagebus.gateway.submitter import Submitter
 from pagebus.gateway.tokenizer import Tokenizer
 from pagebus.gateway.tracing import NO_TRACE, RequestTrace
@@ -34,6 +35,7 @@ class Generations:
         self._known_max_model_len = 0
         self._live: set[Generation] = set()
         self.is_draining = False
+        self.shedding = Shedding()
 
     @property
     def num_live(self) -> int:
@@ -91,6 +93,7 @@ class Generations:
         generation = Generation(request, choices, stop_ids, self._counters, on_event, trace)
         self._live.add(generation)
         generation.on_over = lambda: self._live.discard(generation)
+        generation.on_failed = lambda failure: self.shedding.note(request.tenant, failure)
         self._counters.num_prompt_tokens += len(request.prompt)
         generation.attach(self._submitter.submit(spec, generation.take))
         return generation

@@ -72,7 +72,7 @@ def make_context(
         ),
         counters=counters,
         keys=Keys(settings.api_key),
-        clock=StreamClock(settings.keep_alive_interval_s),
+        clock=StreamClock(settings.keep_alive_interval_s, settings.slow_reader_timeout_s),
         max_body_bytes=settings.max_body_bytes,
         request_timeout_s=settings.request_timeout_s,
         defaults=(

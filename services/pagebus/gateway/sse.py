@@ -15,7 +15,6 @@ from pagebus.gateway.limits import ClientGoneError, Send
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
-SLOW_READER_S = 30.0
 _TICK_S = 1.0
 
 _encode = msgspec.json.Encoder().encode
@@ -150,10 +149,10 @@ class SseStream:
             if is_last:
                 return
 
-    def tick(self, now_s: float, keep_alive_s: float) -> None:
+    def tick(self, now_s: float, keep_alive_s: float, slow_reader_s: float) -> None:
         """Called about once a second: cut off a client that does not read, keep a pausing stream alive."""
         if self._sending_since_s is not None:
-            if now_s - self._sending_since_s > SLOW_READER_S:
+            if now_s - self._sending_since_s > slow_reader_s:
                 self._cut()
         elif self._last_sent_s and now_s - self._last_sent_s >= keep_alive_s and not self._is_finished:
             self.write(KEEP_ALIVE)
@@ -178,9 +177,12 @@ class SseStream:
 class StreamClock:
     """One timer for all streams of the process."""
 
-    def __init__(self, keep_alive_interval_s: float) -> None:
+    def __init__(self, keep_alive_interval_s: float, slow_reader_s: float) -> None:
+        """A stream that pauses for `keep_alive_interval_s` gets a comment; a client that takes nothing for
+        `slow_reader_s` is cut off."""
         self.keep_alive_interval_s = keep_alive_interval_s
-        self._tick_s = min(_TICK_S, keep_alive_interval_s / 4)
+        self._slow_reader_s = slow_reader_s
+        self._tick_s = min(_TICK_S, keep_alive_interval_s / 4, slow_reader_s / 4)
         self._streams: set[SseStream] = set()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -199,6 +201,6 @@ class StreamClock:
         loop = asyncio.get_running_loop()
         now_s = loop.time()
         for stream in list(self._streams):
-            stream.tick(now_s, self.keep_alive_interval_s)
+            stream.tick(now_s, self.keep_alive_interval_s, self._slow_reader_s)
         if self._streams:
             self._timer = loop.call_later(self._tick_s, self._tick)

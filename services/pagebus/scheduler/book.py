@@ -110,7 +110,7 @@ class RequestBook:
                 generate, self._config.model, self.max_model_len, headers or {}, now_s
             )
             if generate.attempt == 1:
-                self._check_load(request.num_prompt * len(choices))
+                self._check_load(request.tenant, request.num_prompt * len(choices))
         except RefusedError as error:
             if old is not None:
                 self.end(old, "replaced", now_s)
@@ -131,14 +131,16 @@ class RequestBook:
             self._counters["poison"] += 1
             self.fail(request, "poison_request", why, now_s)
 
-    def _check_load(self, num_tokens: int) -> None:
-        num_waiting = self.lobby.num_rows
-        if num_waiting < self._config.max_num_queued_reqs:
+    def _check_load(self, tenant: str, num_tokens: int) -> None:
+        num_waiting, limit = self.lobby.num_rows, self._config.max_num_queued_reqs
+        # One tenant's flood keeps nobody else out: who has less than a share of the queue gets in behind it.
+        is_modest = num_waiting < 2 * limit and self.lobby.queue.has_less_than_its_share(tenant, limit)
+        if num_waiting < limit or is_modest:
             if self.lobby.queue.num_tokens + num_tokens <= MAX_QUEUED_TOKENS or num_waiting == 0:
                 return
             why = f"{self.lobby.queue.num_tokens} prompt tokens wait, at most {MAX_QUEUED_TOKENS} may"
         else:
-            why = f"{num_waiting} rows wait, at most {self._config.max_num_queued_reqs} may"
+            why = f"{num_waiting} rows wait, at most {limit} may"
         num_running = max(1, sum(len(executor.rows) for executor in self._executors.values()))
         raise RefusedError(
             Refusal(

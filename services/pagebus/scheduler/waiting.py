@@ -1,7 +1,7 @@
 """The rows that wait and whose turn it is, and the attempts that must not run again."""
 
 import heapq
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -43,10 +43,16 @@ class WaitingQueue:
         self._tickets = 0
         self._num_void = 0
         self._num_waiting = 0
+        self._num_of: Counter[str] = Counter()  # by tenant that has any
         self.num_tokens = 0
 
     def __len__(self) -> int:
         return self._num_waiting
+
+    def has_less_than_its_share(self, tenant: str, limit: int) -> bool:
+        """Whether other tenants wait, and this one with fewer rows than an equal share of `limit`."""
+        num_tenants = len(self._num_of) + (tenant not in self._num_of)
+        return num_tenants > 1 and self._num_of[tenant] < limit // num_tenants
 
     def __iter__(self) -> Iterator[Row]:
         """All that wait, in no order."""
@@ -68,12 +74,16 @@ class WaitingQueue:
             entry = _Entry((row.waiting_since_s, 0, arrival_s, serial), row.ticket, row)
             heapq.heappush(self._preempted, entry)
         self._num_waiting += 1
+        self._num_of[tenant] += 1
         self.num_tokens += row.request.num_prompt
 
     def remove(self, row: Row) -> None:
         """A row waits no longer."""
         row.ticket = 0
         self._num_waiting -= 1
+        self._num_of[row.request.tenant] -= 1
+        if self._num_of[row.request.tenant] == 0:
+            del self._num_of[row.request.tenant]
         self.num_tokens -= row.request.num_prompt
         self._num_void += 1
         line = self._lines[row.request.tenant]

@@ -9,7 +9,6 @@ import openai
 import pytest
 
 from pagebus.bus.messages import Heartbeat
-from pagebus.gateway import sse
 from tests.support.gateway import MODEL, RunningGateway, app_client, gateway, ids, say
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
@@ -162,9 +161,8 @@ async def test_a_client_that_leaves_while_sending_its_body(tmp_path):
         assert len(server.requester.submitted) == 1
 
 
-async def test_a_client_that_never_reads_is_cut_off(tmp_path, monkeypatch):
-    monkeypatch.setattr(sse, "SLOW_READER_S", 0.5)
-    async with gateway(tmp_path) as server:
+async def test_a_client_that_never_reads_is_cut_off(tmp_path):
+    async with gateway(tmp_path, slow_reader_timeout_s=0.5) as server:
         server.requester.heartbeat = Heartbeat(
             scheduler="s", model=MODEL, epoch=1, num_executors=1, max_model_len=10_000_000
         )

@@ -124,6 +124,20 @@ def test_the_queue_is_bounded_but_not_for_later_attempts():
     assert reply == Accepted(request_id="e", attempt=2, epoch=1)
 
 
+def test_a_tenants_flood_keeps_no_other_tenant_out():
+    rig = ready(max_num_queued_reqs=4, max_num_seqs=1)
+    for number in range(5):
+        rig.ask(f"flood{number}", [1, 2], 20, tenant="loud")
+        rig.plan()
+    (reply,) = answers(rig, generate("more", tenant="loud"))
+    assert reply.code == "queue_full"
+    accepted = [answers(rig, generate(f"modest{number}", tenant="quiet"))[0] for number in range(3)]
+    assert [type(reply) for reply in accepted] == [Accepted, Accepted, Rejected]
+    for number in range(20):  # many names are no way around the bound
+        answers(rig, generate(f"other{number}", tenant=f"t{number}"))
+    assert rig.core.figures.num_waiting <= 8
+
+
 def test_what_waits_before_any_executor_is_known():
     rig = Rig()
     rig.ask("short", [1, 2, 3], 500)

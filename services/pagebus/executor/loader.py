@@ -19,12 +19,13 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pagebus.executor import attention, checkpoint
-from pagebus.executor.attention import AttentionCall, answering
+from pagebus.executor.attention import Attend, AttentionCall, answering
 from pagebus.executor.errors import ModelError
 from pagebus.executor.invariant import make_row_invariant
 from pagebus.executor.kv_cache import LayerSpec
 from pagebus.executor.latent import keep_latents
 from pagebus.executor.memory import return_freed_memory
+from pagebus.executor.merging import find_siblings, merge
 from pagebus.executor.progress import showing_transformers
 from pagebus.executor.rotary import fix_rotary
 from pagebus.settings.structs import Dtype, LoadFormat
@@ -80,6 +81,9 @@ def load_model(
     model.requires_grad_(False).train(False)
     _check_finite(path, model, kind)
     fix_rotary(model, longest)
+    siblings = find_siblings(model, lambda: _try_out(path, model, target, _zeros))
+    for group in siblings:
+        merge(group)
     num_latent = keep_latents(model)
     if num_latent:
         _log.info("%d layers of latent attention keep their expanding matrices by head", num_latent)
@@ -292,21 +296,14 @@ def _probe(
         nonlocal num_calls
         num_calls += 1
         window = call.window if call.window and call.window < max_model_len else None
-        num_heads, num_tokens, key_dim = call.query.shape
+        num_heads, _, key_dim = call.query.shape
         num_kv_heads, value_dim = call.key.shape[0], call.value.shape[-1]
         specs[call.layer] = LayerSpec(
             call.layer, num_heads, num_kv_heads, key_dim, value_dim, window, call.is_latent
         )
-        return call.query.new_zeros(num_tokens, num_heads, value_dim)
+        return _zeros(call)
 
-    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
-    try:
-        with torch.inference_mode(), answering(note):
-            model(input_ids=ids, position_ids=torch.arange(2, device=device)[None], use_cache=False)
-    except Exception as error:
-        raise ModelError(
-            f"{path}: {model.config.model_type} cannot run paged: {_first_line(error)}; {_CAN}"
-        ) from error
+    _try_out(path, model, device, note)
     num_layers = model.config.get_text_config().num_hidden_layers
     if not num_calls == len(specs) == num_layers:
         raise ModelError(
@@ -314,6 +311,24 @@ def _probe(
             f" transformers' attention interface, so it cannot run paged; {_CAN}"
         )
     return tuple(specs[layer] for layer in sorted(specs))
+
+
+def _try_out(path: Path, model: PreTrainedModel, device: torch.device, attend: Attend) -> None:
+    """A forward pass over two tokens whose attention `attend` answers. Raises `ModelError`."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    try:
+        with torch.inference_mode(), answering(attend):
+            model(input_ids=ids, position_ids=torch.arange(2, device=device)[None], use_cache=False)
+    except Exception as error:
+        raise ModelError(
+            f"{path}: {model.config.model_type} cannot run paged: {_first_line(error)}; {_CAN}"
+        ) from error
+
+
+def _zeros(call: AttentionCall) -> torch.Tensor:
+    """Attention to nothing."""
+    num_heads, num_tokens, _ = call.query.shape
+    return call.query.new_zeros(num_tokens, num_heads, call.value.shape[-1])
 
 
 def _num_embeddings(model: PreTrainedModel) -> int:

@@ -261,7 +261,7 @@ def test_blocks_that_a_window_has_freed_are_never_read(kind: str, case: Case) ->
         row.free_unseen(windows)
         freed = [sorted(set(old) - set(new)) for old, new in zip(held, row.tables, strict=True)]
         num_freed += sum(map(len, freed))
-        for layer, group in runner._cache._group_of.items():
+        for layer, group in runner._cache.group_of.items():
             for pages in runner._cache._layer_pages(layer):
                 pages[:, freed[group]] = float("nan")
     assert num_freed >= (DONOR + NUM_TOKENS - 40) // BLOCK_SIZE

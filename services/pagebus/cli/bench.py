@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pagebus.cli.bench_gpu import bench_gpu
 from pagebus.cli.bench_serve import bench_serve
 from pagebus.cli.errors import CommandError, ExitCode
 
@@ -133,5 +134,6 @@ def _paper(arguments: Sequence[str]) -> int:
 
 BENCHMARKS = {
     "serve": Benchmark("a load on any OpenAI-compatible server, and its latencies", bench_serve),
+    "gpu": Benchmark("how near a GPU's floors the executor comes, alone and over the bus", bench_gpu),
     "paper": Benchmark("the PagedAttention paper's memory and batching figures, simulated", _paper),
 }

@@ -9,12 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
 
 from pagebus.executor.latent import LatentTap
+
+if TYPE_CHECKING:
+    from pagebus.kernels.triton_rope_kv import HeadNorm
 
 INTERFACE = "pagebus"
 """Our name in transformers' registry. No mask function is registered under it, so no mask is built."""
@@ -35,10 +39,33 @@ class AttentionCall:
     is_latent: bool = False  # the values are the first value_dim of the keys (see latent.py)
 
 
-Attend = Callable[[AttentionCall], torch.Tensor]
-"""What answers the layers of one forward pass: [tokens, heads, value_dim]."""
+@dataclass(frozen=True, slots=True)
+class FusedCall:
+    """One attention layer right after its merged product: norms, rotary and the write into the pages are
+    left to whoever answers."""
+
+    layer: int
+    qkv: torch.Tensor  # [tokens, heads * key_dim | kv_heads * key_dim | kv_heads * value_dim]
+    cos: torch.Tensor  # [tokens, rotary_dim / 2]
+    sin: torch.Tensor
+    num_heads: int
+    scale: float
+    softcap: float | None
+    sinks: torch.Tensor | None  # [heads]
+    norm: "HeadNorm | None"
+    is_interleaved: bool
+
+
+Attend = Callable[[AttentionCall | FusedCall], torch.Tensor]
+"""What answers the layers of one forward pass: [tokens, heads, value_dim]. Fused calls come only from models
+that were fused (`fusing.py`), whose pages take them."""
 
 _current: ContextVar[Attend] = ContextVar("pagebus_attend")
+
+
+def answer(call: AttentionCall | FusedCall) -> torch.Tensor:
+    """Have a call answered by this thread's forward pass."""
+    return _current.get()(call)
 
 
 @contextmanager

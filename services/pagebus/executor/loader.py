@@ -19,7 +19,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pagebus.executor import attention, checkpoint
-from pagebus.executor.attention import Attend, AttentionCall, answering
+from pagebus.executor.attention import Attend, AttentionCall, FusedCall, answering
 from pagebus.executor.errors import ModelError
 from pagebus.executor.invariant import make_row_invariant
 from pagebus.executor.kv_cache import LayerSpec
@@ -93,9 +93,12 @@ def load_model(
                 "%s is kept twice, packed and as the embedding: a second copy of %.1f MiB",
                 copy.name, copy.num_bytes / 2**20,
             )  # fmt: skip
+    specs = _probe(path, model, target, longest)
+    if target.type == "cuda":
+        _fuse(path, model, target)
     return LoadedModel(
         model=model,
-        specs=_probe(path, model, target, longest),
+        specs=specs,
         vocab_size=_num_embeddings(model),
         max_model_len=longest,
         dtype=kind,
@@ -292,8 +295,10 @@ def _probe(
     specs: dict[int, LayerSpec] = {}
     num_calls = 0
 
-    def note(call: AttentionCall) -> torch.Tensor:
+    def note(call: AttentionCall | FusedCall) -> torch.Tensor:
         nonlocal num_calls
+        if isinstance(call, FusedCall):
+            raise TypeError("layers are looked at before they are fused")
         num_calls += 1
         window = call.window if call.window and call.window < max_model_len else None
         num_heads, _, key_dim = call.query.shape
@@ -313,20 +318,37 @@ def _probe(
     return tuple(specs[layer] for layer in sorted(specs))
 
 
-def _try_out(path: Path, model: PreTrainedModel, device: torch.device, attend: Attend) -> None:
-    """A forward pass over two tokens whose attention `attend` answers. Raises `ModelError`."""
-    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+def _fuse(path: Path, model: PreTrainedModel, device: torch.device) -> None:
+    """Put Triton's kernels where they do what the model's modules do."""
+    from pagebus.kernels.jit import HAS_TRITON  # Triton's import takes long, and a CPU does without
+
+    if not HAS_TRITON:
+        _log.warning("there is no Triton here: the model runs unfused, and slowly")
+        return
+    from pagebus.executor.fusing import Probe, fuse
+
+    counts = fuse(model, lambda: _try_out(path, model, device, Probe(), num_tokens=5))
+    _log.info("fused modules: %s", ", ".join(f"{count} {kind}" for kind, count in counts.items()))
+
+
+def _try_out(
+    path: Path, model: PreTrainedModel, device: torch.device, attend: Attend, num_tokens: int = 2
+) -> None:
+    """A forward pass over a few tokens whose attention `attend` answers. Raises `ModelError`."""
+    positions = torch.arange(num_tokens, device=device)[None]
     try:
         with torch.inference_mode(), answering(attend):
-            model(input_ids=ids, position_ids=torch.arange(2, device=device)[None], use_cache=False)
+            model(input_ids=positions % _num_embeddings(model), position_ids=positions, use_cache=False)
     except Exception as error:
         raise ModelError(
             f"{path}: {model.config.model_type} cannot run paged: {_first_line(error)}; {_CAN}"
         ) from error
 
 
-def _zeros(call: AttentionCall) -> torch.Tensor:
+def _zeros(call: AttentionCall | FusedCall) -> torch.Tensor:
     """Attention to nothing."""
+    if isinstance(call, FusedCall):
+        raise TypeError("layers are looked at before they are fused")
     num_heads, num_tokens, _ = call.query.shape
     return call.query.new_zeros(num_tokens, num_heads, call.value.shape[-1])
 

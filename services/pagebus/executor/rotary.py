@@ -26,7 +26,9 @@ class RotaryTable(nn.Module):
         self, hidden: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
     ) -> torch.Tensor | Factors:
         # position_ids: [1, tokens]
-        is_tuple, table = self._table(hidden, layer_type, int(position_ids.max()) + 1)
+        # On a GPU all at once: asking for the largest position would wait for the device in every step.
+        length = self._max_model_len if hidden.is_cuda else int(position_ids.max()) + 1
+        is_tuple, table = self._table(hidden, layer_type, length)
         found = tuple(part.index_select(1, position_ids[0]) for part in table)
         return found if is_tuple else found[0]
 

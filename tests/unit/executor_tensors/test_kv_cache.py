@@ -9,9 +9,10 @@ from transformers import DeepseekV2Config, DeepseekV3Config, PreTrainedConfig
 
 from pagebus.executor.attention import AttentionCall
 from pagebus.executor.batch import BlockCopy
-from pagebus.executor.kv_cache import LayerSpec, PagedCache, needs_of
+from pagebus.executor.kv_cache import LayerSpec, needs_of
 from pagebus.executor.latent import HeadLinears, LatentTap
 from pagebus.executor.loader import load_model
+from pagebus.executor.torch_cache import PagedCache
 from pagebus.kernels.kv_write import BLOCK_SIZE
 from pagebus.kernels.paged_attention import RowSpan
 from tests.support.models import CONFIGS, make_model
@@ -33,7 +34,7 @@ def filled() -> PagedCache:
 
 
 def blocks(cache: PagedCache, group: int, block: int) -> list[torch.Tensor]:
-    layers = [layer for layer, owner in cache._group_of.items() if owner == group]
+    layers = [layer for layer, owner in cache.group_of.items() if owner == group]
     return [pages[:, block].clone() for layer in layers for pages in cache._layer_pages(layer)]
 
 

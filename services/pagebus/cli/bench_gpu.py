@@ -1,0 +1,48 @@
+"""The flags of `pagebus bench gpu`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from pagebus.cli.errors import CommandError, ExitCode
+
+_SHAPES = ("qwen3-0.6b", "llama-3.1-8b", "qwen3-8b", "tiny")
+
+
+def bench_gpu(arguments: Sequence[str]) -> int:
+    """`pagebus bench gpu`; exit code 1 when a measurement failed."""
+    parser = argparse.ArgumentParser(
+        prog="pagebus bench gpu",
+        description="Measures the executor with random weights beside what the device allows at best: alone, "
+        "and over NATS with a scheduler. The results file is rewritten after every measurement.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="where gpu.json goes")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default: %(default)s)")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=_SHAPES, default=list(_SHAPES[:2]), help="(default: the first two)"
+    )
+    parser.add_argument("--quick", action="store_true", help="small and rough: whether it runs at all")
+    parser.add_argument("--no-bus", action="store_true", help="the executor alone")
+    try:
+        given = parser.parse_args(list(arguments))
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    if not given.out.is_dir():
+        raise CommandError(f"--out: {given.out} is no folder", ExitCode.USAGE)
+    import torch
+
+    if given.device == "cuda" and not torch.cuda.is_available():
+        raise CommandError("this machine has no CUDA device that torch can use; see --device", ExitCode.USAGE)
+    from pagebus.bench.gpu import GpuRequest, run
+
+    report = run(
+        GpuRequest(
+            out=given.out,
+            device=given.device,
+            shapes=given.shapes,
+            is_quick=given.quick,
+            has_bus=not given.no_bus,
+        )
+    )
+    return 1 if report.failed else ExitCode.OK

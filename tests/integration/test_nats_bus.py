@@ -15,12 +15,15 @@ from nats import errors
 from pagebus.bus.nats_bus import NatsBus
 from pagebus.bus.protocol import (
     BusError,
+    MessageLog,
     Msg,
     NotConnectedError,
     NotPermittedError,
+    RequestTimeoutError,
+    Stored,
 )
 from pagebus.cli.nats_server import EmbeddedNats, free_port
-from tests.support.buses import CHECKS
+from tests.support.buses import CHECKS, until_kept
 from tests.support.nats import RawConnection, connected, eventually, open_server, running_server
 
 
@@ -93,13 +96,19 @@ async def test_odd_headers_do_not_hide_the_message(headers, server, buses):
         await assert_alive(bus, raw)
 
 
-async def test_poison_for_the_librarys_own_subscriptions(server, buses):
-    bus = buses[0]
-    await bus.key_value("pagebus")  # from here on nats-py listens on an inbox of its own
+async def test_poison_for_the_inbox(server, buses):
+    bus, other = buses
+    await other.subscribe("pagebus.silent", lambda message: None)
     async with RawConnection(server.url("client")) as raw:
-        prefix = bytes(bus._client._resp_sub_prefix)
-        await raw.publish(prefix + b"\xff", b"x")
-        await eventually(lambda: bus.counters["poisoned"] == 1)
+        asked = asyncio.ensure_future(bus.request("pagebus.silent", b"", timeout_s=1))
+        await eventually(lambda: bus._inbox._is_open)
+        prefix = bus._inbox._subject.encode()
+        await raw.publish(prefix + b".\xff", b"x")
+        await raw.publish(prefix + b".1", b"x", reply=b"\xff")
+        await raw.publish(prefix + b".999", b"nobody waits for this")
+        await eventually(lambda: bus.counters["poisoned"] == 2)
+        with pytest.raises(RequestTimeoutError):
+            await asked
         await assert_alive(bus, raw)
 
 
@@ -210,10 +219,57 @@ async def test_an_answer_under_way_fails_with_the_connection(server, buses):
 async def test_a_bucket_that_the_server_lost_is_made_again(server, buses, tmp_path):
     bucket = await buses[0].key_value("pagebus")
     await bucket.put("k", b"1")
-    deleted = await buses[1]._client.jetstream().delete_stream("KV_pagebus")
-    assert deleted
+    await buses[1]._jetstream.call("STREAM.DELETE.KV_pagebus")
     assert await bucket.get("k") is None
     await bucket.create("k", b"2")
+
+
+async def test_a_log_that_the_server_lost_is_made_again(server, buses):
+    log = await buses[0].message_log("pagebus-out", ["pagebus.out.*"], max_age_s=60, max_bytes=1 << 20)
+    await buses[0].publish("pagebus.out.a", b"1")
+    await until_kept(log, 1)
+    for use in (log.last_sequence, lambda: read_all(log, "pagebus.out.a")):
+        await buses[1]._jetstream.call("STREAM.DELETE.pagebus-out")
+        assert not await use()  # 0, or nothing
+        await buses[0].publish("pagebus.out.a", b"2")
+        await until_kept(log, 1)
+        assert await read_all(log, "pagebus.out.a") == [(1, b"2")]
+
+
+async def read_all(log: MessageLog, subject: str) -> list[Stored]:
+    return [stored async for stored in log.read(subject, 1)]
+
+
+async def test_a_bus_without_jetstream_says_so(tmp_path):
+    configuration = tmp_path / "none.conf"
+    configuration.write_text("host: 127.0.0.1\nport: $PAGEBUS_NATS_PORT\n")
+    async with running_server(configuration) as server:
+        bus = await NatsBus.connect(f"nats://127.0.0.1:{server.port}", name="x", timeout_s=5)
+        with pytest.raises(BusError, match="no JetStream"):
+            await bus.key_value("pagebus")
+        with pytest.raises(BusError, match="no JetStream"):
+            await bus.message_log("pagebus-out", ["pagebus.out.*"], max_age_s=60, max_bytes=1 << 20)
+        await bus.close()
+
+
+async def test_a_batch_that_came_in_part_is_asked_for_again(server, buses, monkeypatch):
+    bus = buses[0]
+    log = await bus.message_log("pagebus-out", ["pagebus.out.*"], max_age_s=60, max_bytes=1 << 20)
+    for number in range(600):
+        await bus.publish("pagebus.out.a", b"%d" % number)
+    await until_kept(log, 600)
+    take, num_answers = bus._inbox._take, 0
+
+    def lossy(message: Msg) -> None:  # loses the 100th answer of all, and then the end of a batch
+        nonlocal num_answers
+        num_answers += "Nats-Num-Pending" in message.headers
+        if num_answers in (100, 613):
+            return
+        take(message)
+
+    bus._client._direct[next(sid for sid, handler in bus._client._direct.items() if handler == take)] = lossy
+    assert [int(stored.data) for stored in await read_all(log, "pagebus.out.a")] == list(range(600))
+    assert bus.counters["log_batches_cut"] >= 1
 
 
 async def test_a_stopped_server_is_given_up_within_four_seconds(server, buses):

@@ -6,8 +6,9 @@ import pytest
 
 from pagebus.bus import subjects
 from pagebus.bus.nats_bus import NatsBus
-from pagebus.bus.protocol import BusError, Msg, NotPermittedError
+from pagebus.bus.protocol import BusError, Msg, NoRespondersError, NotPermittedError
 from pagebus.cli.nats_server import ROLES
+from tests.support.buses import until_kept
 from tests.support.nats import RawConnection, connected, eventually, running_server
 
 MODEL = "some/model"
@@ -19,13 +20,13 @@ PUBLISH = {
     subjects.heartbeat(MODEL): {"scheduler"},
     subjects.plan("ex-1"): {"scheduler"},
     subjects.out("gw-1"): {"scheduler", "executor"},
-    subjects.life("gw-1"): {"executor"},
+    subjects.life("gw-1"): {"executor", "gateway"},
     subjects.api_generate(MODEL): {"client"},
     subjects.api_cancel(MODEL): {"client"},
     subjects.stream("r-1"): {"gateway"},
     "_INBOX_client.a.1": {"gateway"},
     "_INBOX_executor.a.1": {"gateway", "tool"},
-    "_INBOX_gateway.a.1": set(),
+    "_INBOX_gateway.a.1": {"gateway"},
     "_INBOX_scheduler.a.1": set(),
     "_INBOX_tool.a.1": set(),
     f"$KV.{subjects.BUCKET}.{subjects.leader_key(MODEL)}": {"scheduler"},
@@ -33,6 +34,21 @@ PUBLISH = {
     f"$JS.API.STREAM.CREATE.KV_{subjects.BUCKET}": {"scheduler"},
     f"$JS.API.STREAM.DELETE.KV_{subjects.BUCKET}": set(),
     f"$JS.API.STREAM.PURGE.KV_{subjects.BUCKET}": set(),
+    f"$JS.API.STREAM.UPDATE.KV_{subjects.BUCKET}": {"scheduler"},
+    f"$JS.API.STREAM.MSG.GET.KV_{subjects.BUCKET}": {"scheduler"},
+    f"$KV.{subjects.STREAMS_BUCKET}.s.r-1": {"gateway"},
+    **{
+        f"$JS.API.STREAM.{kind}.{stream}": {"gateway"}
+        for kind in ("INFO", "CREATE", "UPDATE", "MSG.GET")
+        for stream in (f"KV_{subjects.STREAMS_BUCKET}", subjects.OUT_LOG)
+    },
+    **{
+        f"$JS.API.STREAM.{kind}.{stream}": set()
+        for kind in ("DELETE", "PURGE", "MSG.DELETE", "SNAPSHOT", "PEER.REMOVE")
+        for stream in (f"KV_{subjects.STREAMS_BUCKET}", subjects.OUT_LOG, f"KV_{subjects.BUCKET}")
+    },
+    f"$JS.API.DIRECT.GET.{subjects.OUT_LOG}": {"gateway"},
+    f"$JS.API.CONSUMER.CREATE.{subjects.OUT_LOG}": set(),
     "$JS.API.STREAM.CREATE.other": set(),
     "$JS.API.INFO": set(),
     "$SYS.REQ.SERVER.PING": set(),
@@ -119,6 +135,22 @@ async def test_the_scheduler_keeps_its_bucket():
         entry = await (await other.key_value(subjects.BUCKET)).get(subjects.leader_key(MODEL))
         assert entry is not None
         assert entry.value == b"2"
+
+
+async def test_gateways_keep_records_and_read_the_log():
+    async with running_server() as server, connected(server, "gateway", "gateway", "executor") as buses:
+        one, other, executor = buses
+        records = await one.key_value(subjects.STREAMS_BUCKET, max_age_s=60)
+        await records.create("s.r-1", b"1")
+        arguments = {"max_age_s": 60, "max_bytes": 1 << 20}
+        await one.message_log(subjects.OUT_LOG, [subjects.ALL_OUT], **arguments)
+        await executor.publish(subjects.out("gw-1"), b"tokens")
+        log = await other.message_log(subjects.OUT_LOG, [subjects.ALL_OUT], **arguments)
+        await until_kept(log, 1)
+        assert [stored async for stored in log.read(subjects.out("gw-1"), 1)] == [(1, b"tokens")]
+        assert (await (await other.key_value(subjects.STREAMS_BUCKET)).get("s.r-1")) == (b"1", 1)
+        with pytest.raises(NoRespondersError):  # nothing keeps probes of life, so that "nobody" is told
+            await executor.request(subjects.life("gw-1"), b"", timeout_s=5)
 
 
 async def test_clients_and_executors_get_answers_from_gateways():

@@ -7,6 +7,7 @@ import pytest
 from pagebus.bus.protocol import (
     Bus,
     InvalidMessageError,
+    MessageLog,
     Msg,
     NoRespondersError,
     PayloadTooLargeError,
@@ -158,6 +159,100 @@ async def compares_and_sets(one: Bus, other: Bus) -> None:
         await mine.update("other", b"", 7)
 
 
+async def forgets_values_that_are_too_old(one: Bus, other: Bus) -> None:
+    mine, theirs = await asyncio.gather(
+        one.key_value("aging", max_age_s=1.0), other.key_value("aging", max_age_s=1.0)
+    )
+    await mine.create("k", b"1")
+    assert await theirs.get("k") is not None
+    with pytest.raises(WrongRevisionError):
+        await theirs.create("k", b"2")
+    await asyncio.sleep(2.0)
+    assert await theirs.get("k") is None
+    await theirs.create("k", b"2")
+    newest = await mine.get("k")
+    assert newest is not None
+    assert newest.value == b"2"
+
+
+async def keeps_what_was_published_in_a_log(one: Bus, other: Bus) -> None:
+    before: list[Msg] = []
+    await other.subscribe("pagebus.out.*", before.append)
+    log = await one.message_log("kept", ["pagebus.out.*"], max_age_s=600, max_bytes=64 << 20)
+    assert await log.last_sequence() == 0
+    assert [stored async for stored in log.read("pagebus.out.a", 1)] == []
+    sent: dict[str, list[bytes]] = {"pagebus.out.a": [], "pagebus.out.b": []}
+    for number in range(1500):
+        subject = f"pagebus.out.{'ab'[number % 3 == 0]}"
+        data = b"%d" % number * (number % 7)
+        sent[subject].append(data)
+        await one.publish(subject, data, headers={"h": "1"} if number % 2 else None)
+    await one.publish("pagebus.life.a", b"not kept")
+    await eventually(lambda: len(before) == 1500)
+    same = await other.message_log("kept", ["pagebus.out.*"], max_age_s=600, max_bytes=64 << 20)
+    assert await same.last_sequence() == 1500
+    for subject, expected in sent.items():
+        got = [stored async for stored in same.read(subject, 1)]
+        assert [stored.data for stored in got] == expected
+        assert [stored.sequence for stored in got] == sorted({stored.sequence for stored in got})
+        middle = got[len(got) // 2]
+        rest = [stored async for stored in log.read(subject, middle.sequence)]
+        assert rest == got[len(got) // 2 :]
+        assert [stored async for stored in log.read(subject, 1501)] == []
+    assert [stored async for stored in same.read("pagebus.out.nobody", 0)] == []
+
+
+async def reads_large_messages_from_a_log(one: Bus, other: Bus) -> None:
+    log = await one.message_log("large", ["pagebus.out.*"], max_age_s=600, max_bytes=1 << 30)
+    for number in range(9):
+        await other.publish("pagebus.out.a", bytes([number]) * (other.max_payload - 1000))
+    got = []
+    while len(got) < 9:
+        got = [stored async for stored in log.read("pagebus.out.a", 1)]
+    assert [stored.data[:1] for stored in got] == [bytes([number]) for number in range(9)]
+    assert {len(stored.data) for stored in got} == {other.max_payload - 1000}
+
+
+async def gives_a_log_up_early(one: Bus, other: Bus) -> None:
+    log = await one.message_log("early", ["pagebus.out.*"], max_age_s=600, max_bytes=64 << 20)
+    for number in range(800):
+        await one.publish("pagebus.out.a", b"%d" % number)
+    await until_kept(log, 800)
+    async for stored in log.read("pagebus.out.a", 3):
+        assert stored.data == b"2"
+        break
+    both = await asyncio.gather(*[_data(log, first) for first in (1, 500)])
+    assert [len(data) for data in both] == [800, 301]
+
+
+async def until_kept(log: MessageLog, sequence: int) -> None:
+    for _ in range(500):
+        if await log.last_sequence() >= sequence:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"message {sequence} was never kept")
+
+
+async def _data(log: MessageLog, first_sequence: int) -> list[bytes]:
+    return [stored.data async for stored in log.read("pagebus.out.a", first_sequence)]
+
+
+async def a_log_forgets_the_oldest(one: Bus, other: Bus) -> None:
+    log = await one.message_log("small", ["pagebus.out.*"], max_age_s=600, max_bytes=100_000)
+    for number in range(300):
+        await one.publish("pagebus.out.a", b"%04d" % number * 250)
+    await until_kept(log, 300)
+    kept = await _data(log, 1)
+    assert 50 < len(kept) < 110
+    assert [int(data[:4]) for data in kept] == list(range(300 - len(kept), 300))
+
+
+async def a_log_answers_no_publisher(one: Bus, other: Bus) -> None:
+    await one.message_log("silent", ["pagebus.out.*"], max_age_s=600, max_bytes=1 << 20)
+    with pytest.raises((NoRespondersError, RequestTimeoutError)):
+        await one.request("pagebus.out.gone", b"", timeout_s=0.3)
+
+
 CHECKS = [
     knows_a_subscription_when_subscribe_returns,
     delivers_in_order_to_every_subscriber,
@@ -170,4 +265,10 @@ CHECKS = [
     tells_a_publisher_that_nobody_listens,
     refuses_what_cannot_be_sent,
     compares_and_sets,
+    forgets_values_that_are_too_old,
+    keeps_what_was_published_in_a_log,
+    reads_large_messages_from_a_log,
+    gives_a_log_up_early,
+    a_log_forgets_the_oldest,
+    a_log_answers_no_publisher,
 ]

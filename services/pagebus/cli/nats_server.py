@@ -91,10 +91,13 @@ class EmbeddedNats:
         store: Path | None = None,
         host: str = "127.0.0.1",
         configuration: Path | None = None,
+        passwords: Mapping[str, str] | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         """`port` 0 picks a free one; without `store` a private temporary one lasts until `stop`.
 
-        `configuration` replaces the deploy one.
+        `configuration` replaces the deploy one and may read more `variables`, configuration text as it is;
+        `passwords` (one a role) those made here, for servers of one cluster.
         """
         self.host = host
         self.port = port
@@ -103,7 +106,8 @@ class EmbeddedNats:
         self._configuration = configuration
         self._directory: Path | None = None  # private: log, and the store where none was given
         self._name = f"pagebus-{secrets.token_hex(8)}"
-        self._passwords = {role: secrets.token_urlsafe(24) for role in ROLES}
+        self._passwords = dict(passwords or {role: secrets.token_urlsafe(24) for role in ROLES})
+        self._variables = dict(variables or {})
         self._process: asyncio.subprocess.Process | None = None
         self._program: Path | None = None
 
@@ -230,7 +234,7 @@ class EmbeddedNats:
         }
         for role, password in self._passwords.items():
             own[f"PAGEBUS_NATS_{role.upper()}_PASSWORD"] = _quoted(password)
-        return {"PATH": os.environ.get("PATH", ""), "HOME": str(store), **own}
+        return {"PATH": os.environ.get("PATH", ""), "HOME": str(store), **own, **self._variables}
 
     def _last_words(self) -> str:
         """Why it ended, from its own output; without time and process id."""

@@ -1,26 +1,21 @@
 """A bus within one process, for tests and the seeded simulation: same promises as NATS, no network.
 
 Several `MemoryBus` connections meet at one `MemoryBroker`. Delivery goes through the event loop, in order a
-connection; a `Faults` policy may lose, double or delay single deliveries, and a connection may be cut.
+connection; a `Faults` policy may lose, double or delay single deliveries, and a connection may be cut. What
+the broker keeps (buckets, logs) is `MemoryBroker.store`, which may be made unavailable, or wiped.
 """
 
 import asyncio
+import contextvars
 import logging
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from pagebus.bus import guard
-from pagebus.bus.protocol import (
-    Entry,
-    Handler,
-    Msg,
-    NoRespondersError,
-    NotConnectedError,
-    RequestTimeoutError,
-    WrongRevisionError,
-)
+from pagebus.bus.memory_store import Bucket, MemoryKeyValue, MemoryLog, MemoryStore
+from pagebus.bus.protocol import Handler, Msg, NoRespondersError, NotConnectedError, RequestTimeoutError
 
 _log = logging.getLogger(__name__)
 
@@ -54,47 +49,61 @@ class _MemorySubscription:
 
     async def unsubscribe(self) -> None:
         self.is_active = False
-        self.bus.broker.subscriptions.pop(self, None)
-
-
-@dataclass
-class _Bucket:
-    """Values of one bucket; revisions count all writes to the bucket, as JetStream's do."""
-
-    values: dict[str, Entry] = field(default_factory=dict)
-    num_writes: int = 0
-
-    def write(self, key: str, value: bytes) -> int:
-        self.num_writes += 1
-        self.values[key] = Entry(bytes(value), self.num_writes)
-        return self.num_writes
+        self.bus.broker.remove(self)
 
 
 class MemoryBroker:
-    """Where memory connections meet. `faults` may be replaced at any time."""
+    """Where memory connections meet. `faults` may be replaced at any time; `store` outlives connections."""
 
     def __init__(self, *, max_payload: int = 8 << 20, faults: Faults | None = None) -> None:
         self.max_payload = max_payload
         self.faults: Faults = faults or NoFaults()
         self.connections: list[MemoryBus] = []
         self.subscriptions: dict[_MemorySubscription, None] = {}  # in order of subscription
-        self.buckets: dict[str, _Bucket] = {}
+        self.store = MemoryStore()
+        self.on_publish: Callable[[str, Msg], None] | None = None
+        """Told of every message, with its sender's name, before anybody gets it."""
+        self._exact: dict[str, dict[_MemorySubscription, None]] = {}  # by subject
+        self._patterns: dict[_MemorySubscription, None] = {}  # those with `*` or `>`
         self._num_connections = 0
         self._turns: Counter[tuple[str, str]] = Counter()  # (pattern, queue): whose turn it is
+
+    @property
+    def buckets(self) -> dict[str, Bucket]:
+        """The store's buckets."""
+        return self.store.buckets
 
     def connect(self, name: str = "") -> "MemoryBus":
         """A new connection."""
         self._num_connections += 1
         bus = MemoryBus(self, name=name or f"connection-{self._num_connections}")
+        bus.number = self._num_connections
         self.connections.append(bus)
         return bus
+
+    def add(self, subscription: _MemorySubscription) -> None:
+        """Messages go there from now on."""
+        self.subscriptions[subscription] = None
+        is_pattern = any(part in ("*", ">") for part in subscription.subject.split("."))
+        same = self._patterns if is_pattern else self._exact.setdefault(subscription.subject, {})
+        same[subscription] = None
+
+    def remove(self, subscription: _MemorySubscription) -> None:
+        """Nothing goes there any more."""
+        self.subscriptions.pop(subscription, None)
+        self._patterns.pop(subscription, None)
+        if (same := self._exact.get(subscription.subject)) is not None:
+            same.pop(subscription, None)
+            if not same:
+                del self._exact[subscription.subject]
 
     def receivers(self, subject: str) -> list[_MemorySubscription]:
         """Who gets a message on `subject` now: every plain subscription, one member of each queue group."""
         chosen: list[_MemorySubscription] = []
         groups: dict[tuple[str, str], list[_MemorySubscription]] = {}
-        for subscription in self.subscriptions:
-            if not subscription.bus.is_connected or not guard.matches(subscription.subject, subject):
+        matching = [s for s in self._patterns if guard.matches(s.subject, subject)]
+        for subscription in (*self._exact.get(subject, ()), *matching):
+            if not subscription.bus.is_connected:
                 continue
             if subscription.queue:
                 groups.setdefault((subscription.subject, subscription.queue), []).append(subscription)
@@ -120,6 +129,8 @@ class MemoryBus:
         self._inbox: deque[tuple[_MemorySubscription, Msg]] = deque()
         self._is_draining = False
         self._num_requests = 0
+        self.number = 0  # the broker's count of connections
+        self._context = contextvars.copy_context()  # what arrives is handled as the connection's own
         if broker is None:
             self.broker.connections.append(self)
 
@@ -143,6 +154,9 @@ class MemoryBus:
         guard.check_size(guard.headers_size(headers) + len(data), self.max_payload)
         self._require_connection()
         message = Msg(subject, bytes(data), reply, dict(headers) if headers else {})
+        self.broker.store.keep(subject, message.data)
+        if self.broker.on_publish is not None:
+            self.broker.on_publish(self.name, message)
         receivers = self.broker.receivers(subject)
         for receiver in receivers:
             for delay_s in self.broker.faults.delays_s(subject, self.name, receiver.bus.name):
@@ -165,7 +179,7 @@ class MemoryBus:
             if not answer.done():
                 answer.set_result(message)
 
-        inbox = f"_INBOX.{id(self)}.{self._num_requests}"
+        inbox = f"_INBOX.{self.number}.{self._num_requests}"
         subscription = await self.subscribe(inbox, take)
         try:
             await self.publish(subject, data, reply=inbox)
@@ -184,13 +198,25 @@ class MemoryBus:
         if self._is_closed:
             raise NotConnectedError(f"{self.name} is closed")
         subscription = _MemorySubscription(self, subject, handler, queue)
-        self.broker.subscriptions[subscription] = None
+        self.broker.add(subscription)
         return subscription
 
-    async def key_value(self, bucket: str) -> "MemoryKeyValue":
-        """The bucket, made if absent."""
-        self._require_connection()
-        return MemoryKeyValue(self, self.broker.buckets.setdefault(bucket, _Bucket()))
+    async def key_value(self, bucket: str, *, max_age_s: float | None = None) -> MemoryKeyValue:
+        """The bucket, made if absent; its values go after `max_age_s` on the loop's clock."""
+        self._require_store(bucket)
+        self.broker.store.buckets.setdefault(bucket, Bucket(max_age_s))
+        return MemoryKeyValue(self.broker.store, bucket, max_age_s, self._reach_store)
+
+    async def message_log(
+        self, name: str, subjects: Sequence[str], *, max_age_s: float, max_bytes: int
+    ) -> MemoryLog:
+        """The log `name` of `subjects` (may hold `*`, `>`), made if absent; it forgets the oldest first."""
+        for subject in subjects:
+            guard.check_subscribe(subject)
+        self._require_store(name)
+        log = MemoryLog(self.broker.store, name, subjects, max_age_s, max_bytes, self._reach_store)
+        await log.log()
+        return log
 
     def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
         """Run `callback` after every reconnect: messages may have been lost."""
@@ -207,7 +233,7 @@ class MemoryBus:
             return
         self._is_connected = True
         for callback in self._callbacks:
-            task = asyncio.ensure_future(self._run(callback))
+            task = asyncio.get_running_loop().create_task(self._run(callback), context=self._context)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -234,10 +260,18 @@ class MemoryBus:
         if not self.is_connected:
             raise NotConnectedError(f"{self.name} is not connected")
 
+    def _require_store(self, what: str) -> None:
+        self._require_connection()
+        self.broker.store.require(what)
+
+    async def _reach_store(self, what: str) -> None:
+        await asyncio.sleep(self.broker.store.delay_s)
+        self._require_store(what)
+
     def _accept(self, subscription: _MemorySubscription, message: Msg, delay_s: float) -> None:
         loop = asyncio.get_running_loop()
         if delay_s > 0:
-            loop.call_later(delay_s, self._enqueue, subscription, message)
+            loop.call_later(delay_s, self._enqueue, subscription, message, context=self._context)
         else:
             self._enqueue(subscription, message)
 
@@ -248,7 +282,7 @@ class MemoryBus:
         self._inbox.append((subscription, message))
         if not self._is_draining:
             self._is_draining = True
-            asyncio.get_running_loop().call_soon(self._drain)
+            asyncio.get_running_loop().call_soon(self._drain, context=self._context)
 
     def _drain(self) -> None:
         """Run the handlers of what has arrived; what they cause arrives in a later turn of the loop."""
@@ -265,42 +299,3 @@ class MemoryBus:
             except Exception:
                 self.counters["handler_errors"] += 1
                 _log.exception("a handler failed on %s", message.subject)
-
-
-class MemoryKeyValue:
-    """A bucket as seen by one connection: unreachable while that is cut."""
-
-    def __init__(self, bus: MemoryBus, bucket: _Bucket) -> None:
-        self._bus = bus
-        self._bucket = bucket
-
-    async def get(self, key: str) -> Entry | None:
-        """The newest value, or None."""
-        await self._reach(key)
-        return self._bucket.values.get(key)
-
-    async def create(self, key: str, value: bytes) -> int:
-        """Write a key that does not exist. Raises `WrongRevisionError` if it exists."""
-        await self._reach(key)
-        if key in self._bucket.values:
-            raise WrongRevisionError(f"{key} exists")
-        return self._bucket.write(key, value)
-
-    async def update(self, key: str, value: bytes, revision: int) -> int:
-        """Replace the value of exactly `revision`. Raises `WrongRevisionError`."""
-        await self._reach(key)
-        entry = self._bucket.values.get(key)
-        if (entry.revision if entry else 0) != revision:
-            raise WrongRevisionError(f"{key} is not at revision {revision}")
-        return self._bucket.write(key, value)
-
-    async def put(self, key: str, value: bytes) -> int:
-        """Write without comparing; the new revision."""
-        await self._reach(key)
-        return self._bucket.write(key, value)
-
-    async def _reach(self, key: str) -> None:
-        guard.check_publish(key)
-        await asyncio.sleep(0)
-        if not self._bus.is_connected:
-            raise NotConnectedError(f"{self._bus.name} is not connected")

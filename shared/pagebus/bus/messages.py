@@ -21,6 +21,10 @@ FinishReason = Literal["stop", "length"]
 """Why a choice ended: "stop" for a stop id (or, decided by the requester, a stop string), "length"."""
 
 
+ExecutorPhase = Literal["loading", "compiling", "serving", "draining", "left"]
+"""What an executor is at, as its `Hello` says."""
+
+
 class DecodeError(Exception):
     """Bytes from the bus are not a message of this protocol version."""
 
@@ -315,6 +319,9 @@ class Hello(Message, frozen=True, kw_only=True):
 
     `epoch` and `plan` say what was obeyed last (0, 0 at start). `handles` are the rows held. The leader
     answers with a snapshot when they differ from what it believes.
+
+    `state`: "loading" has no pool yet and takes no rows; "compiling" makes no progress for a good reason;
+    "draining" finishes what it has and takes nothing new; "left" is the last word of a process that ends.
     """
 
     executor: str
@@ -327,10 +334,14 @@ class Hello(Message, frozen=True, kw_only=True):
     max_model_len: int  # what the model itself can do, before the pool's limit
     max_num_seqs: int = 256
     has_gap: bool = False
+    state: ExecutorPhase = "serving"
+    progress: int = 0  # rises with each part of a step (a layer) that is computed
+    slowest_ms: int = 0  # the longest that one such part took so far
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):
-    """scheduler -> all, twice a second while leading."""
+    """scheduler -> all, twice a second while leading. With `is_leaving` it is the last one of the term: the
+    leader has sent its last plan, and a standby takes over at once."""
 
     scheduler: str
     model: str
@@ -346,6 +357,9 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     num_prefix_queries: int = 0  # tokens of rows that were placed in this term, of which the prefix cache
     num_prefix_hits: int = 0  # had so many
     num_preemptions: int = 0  # rows, in this term
+    num_loading: int = 0  # executors that load or compile
+    stalled_ms: int = 0  # how long rows run or wait and no executor makes progress, loads or compiles
+    is_leaving: bool = False
 
 
 AnyMessage = Generate | Accepted | Rejected | Cancel | Failed | Plan | StepDone | Tokens | Hello | Heartbeat
@@ -460,7 +474,9 @@ class ApiTokens(ApiEvent, frozen=True, kw_only=True, tag="tokens"):
 
     Text may lag behind the tokens (a character or a stop string that is not complete yet). Where they were
     asked for, `logprobs` are those of `token_ids`; `prompt_logprobs` come in order before the first token, in
-    events without tokens, the first one null.
+    events without tokens, the first one null; `prompt_start` is the first one's place in the prompt.
+
+    What a reader has already may come again, also in other portions: the index tells.
     """
 
     choice: int
@@ -470,6 +486,7 @@ class ApiTokens(ApiEvent, frozen=True, kw_only=True, tag="tokens"):
     finish_reason: FinishReason | None = None
     logprobs: list[ApiTokenLogprob] | None = None
     prompt_logprobs: list[ApiTokenLogprob | None] | None = None
+    prompt_start: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class ApiUsage(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,9 +8,9 @@ import asyncio
 import logging
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from nats.aio.client import Client
+from nats.aio.client import Client, Srv
 from nats.aio.subscription import Subscription as NatsSubscription
 from nats.aio.transport import TcpTransport
 
@@ -23,6 +23,8 @@ MAX_UNSENT_BYTES = 16 << 20
 
 _UNSENT_TIMEOUT_S = 2.0
 _RECONNECT_WAIT_S = (0.05, 0.3)
+_CONNECT_TIMEOUT_S = (1.0, 8.0)  # the first, doubled at each failure with the same server, and the longest
+_LEAVE_WAIT_S = (0.0, 1.0)
 _WATCH_INTERVAL_S = 0.2
 _PERMISSIONS = "permissions violation"
 _DENIED_SUBSCRIPTION = 'subscription to "'
@@ -35,12 +37,18 @@ class ClosedForGoodError(Exception):
 class GuardedClient(Client):
     """nats-py's client; messages of direct subscriptions go from the read loop straight to their handlers."""
 
-    def __init__(self, counters: Counter[str]) -> None:
+    def __init__(self, counters: Counter[str], on_cluster_change: Callable[[], None]) -> None:
+        """`on_cluster_change` is called when the server says that others came or went."""
         super().__init__()
         self.counters = counters
+        self.uses_discovered = False
+        """Whether servers that the first one tells of are connected to as well."""
+        self._on_cluster_change = on_cluster_change
+        self._others: frozenset[str] = frozenset()
         self.denied_subscriptions: set[str] = set()
         self._direct: dict[int, Handler] = {}
         self._watch_task: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
         self._is_flush_due = False
 
     # Sending
@@ -105,8 +113,7 @@ class GuardedClient(Client):
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
         handler = self._direct.get(sid)
-        if handler is None:
-            await self._process_library_msg(sid, subject, reply, data, headers)
+        if handler is None:  # unsubscribed meanwhile
             return
         try:
             message = Msg(
@@ -124,15 +131,6 @@ class GuardedClient(Client):
         except Exception:
             self.counters["handler_errors"] += 1
             _log.exception("a handler failed on %s", message.subject)
-
-    async def _process_library_msg(
-        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
-    ) -> None:
-        """What nats-py itself subscribed to: answers to its JetStream requests."""
-        try:
-            await super()._process_msg(sid, subject, reply, data, headers)
-        except Exception:
-            self.counters["poisoned"] += 1
 
     async def _process_pong(self) -> None:
         self._pings_outstanding = 0
@@ -161,8 +159,9 @@ class GuardedClient(Client):
 
     def stop_watch(self) -> None:
         """End the watch, before closing on purpose."""
-        if self._watch_task is not None:
-            self._watch_task.cancel()
+        for task in (self._watch_task, self._leaving):
+            if task is not None:
+                task.cancel()
 
     async def _watch(self) -> None:
         """Reconnect when the read loop, or the reconnection itself, has died of something unforeseen."""
@@ -183,7 +182,43 @@ class GuardedClient(Client):
         self._pending, self._pending_data_size = [], 0
         self.options["reconnect_time_wait"] = random.uniform(*_RECONNECT_WAIT_S)  # noqa: S311
         self._ps.reset()
+        self.abort()
+        random.shuffle(self._server_pool)
+        self._server_pool.sort(key=lambda server: server is self._current_server)  # the lost one last
         await super()._attempt_reconnect()
+
+    def abort(self) -> None:
+        """Drop the socket now. Closing would wait for ever where a path is cut and something is unsent."""
+        if isinstance(self._transport, TcpTransport) and self._transport._io_writer is not None:
+            self._transport._io_writer.transport.abort()
+
+    async def _connect_to_server(self, s: Srv) -> None:
+        self.abort()  # a socket whose handshake timed out would stay open
+        shortest_s, longest_s = _CONNECT_TIMEOUT_S
+        self.options["connect_timeout"] = min(shortest_s * 2 ** min(s.reconnects, 10), longest_s)
+        await super()._connect_to_server(s)
+
+    async def _process_info(self, info: dict[str, object], initial_connection: bool = False) -> None:
+        """What the server says of itself and of the cluster, at first and whenever it changes."""
+        urls = info.get("connect_urls")
+        others = frozenset(map(str, urls)) if isinstance(urls, list) else frozenset()
+        if not self.uses_discovered:
+            info = {key: value for key, value in info.items() if key != "connect_urls"}
+        await super()._process_info(info, initial_connection)
+        has_changed, self._others = others != self._others, others
+        if initial_connection:
+            return
+        if info.get("ldm") and len(self._server_pool) > 1:
+            self.counters["lame_ducks"] += 1
+            self._leaving = asyncio.get_running_loop().create_task(self._leave(), name="leave lame duck")
+        elif has_changed:
+            self._on_cluster_change()
+
+    async def _leave(self) -> None:
+        """Move to another server before this one ends; not all of its clients at once."""
+        await asyncio.sleep(random.uniform(*_LEAVE_WAIT_S))  # noqa: S311
+        self._write_pending()
+        await self.force_reconnect()
 
 
 _NO_HEADERS: dict[str, str] = {}

@@ -1,100 +1,122 @@
-"""Key-value buckets of JetStream behind `KeyValue`: bounded waits, and no error but `BusError`."""
+"""Key-value buckets of JetStream behind `KeyValue`: bounded waits, and no error but `BusError`.
 
-import contextlib
-from collections.abc import Awaitable, Callable, Iterator
+A bucket is a stream with one message a key, named and laid out as every NATS client expects it.
+"""
+
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from nats import errors
-from nats.js import JetStreamContext
-from nats.js import errors as js_errors
-from nats.js.api import KeyValueConfig
-from nats.js.kv import KeyValue as JetStreamKeyValue
-
-from pagebus.bus.nats_client import GuardedClient
-from pagebus.bus.protocol import BusError, Entry, NotConnectedError, RequestTimeoutError, WrongRevisionError
+from pagebus.bus import guard
+from pagebus.bus.nats_jetstream import (
+    NO_MESSAGE,
+    STREAM_NOT_FOUND,
+    WRONG_LAST_SEQUENCE,
+    Answer,
+    JetStream,
+    JetStreamError,
+)
+from pagebus.bus.protocol import BusError, Entry, NoRespondersError, WrongRevisionError
 
 T = TypeVar("T")
 
-TIMEOUT_S = 2.0
-"""How long one operation waits for JetStream's answer."""
+AGING_BUCKET_BYTES = 1 << 30
+"""Most that a bucket with an age may hold; it forgets the oldest first. So it never takes the store's last
+bytes from the bucket that holds leadership."""
 
-_NO_BUCKET = (js_errors.NoStreamResponseError, js_errors.ServiceUnavailableError, errors.NoRespondersError)
-
-_BUCKET_EXISTS = 10058  # "stream name already in use", here: with another configuration
+_BUCKET_BYTES = 16 << 20
+_DUPLICATE_WINDOW_S = 120.0
+_EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 
 
 class NatsKeyValue:
-    """One bucket, made again where the server lost it. Every operation answers or raises `BusError`."""
+    """One bucket, made again where the server lost it. Every operation answers or raises `BusError`.
 
-    def __init__(self, jetstream: JetStreamContext, name: str, bucket: JetStreamKeyValue) -> None:
+    Values are read from the stream's leader: what was written is read.
+    """
+
+    def __init__(self, jetstream: JetStream, name: str, max_age_s: float | None) -> None:
         self._jetstream = jetstream
         self._name = name
-        self._bucket = bucket
+        self._max_age_s = max_age_s
 
     @classmethod
-    async def open(cls, client: GuardedClient, name: str) -> "NatsKeyValue":
-        """The bucket, made if absent (history 1, one replica, kept in the server's store)."""
-        jetstream = client.jetstream(timeout=TIMEOUT_S)
-        with _mapped(f"bucket {name}"):
-            return cls(jetstream, name, await _open(jetstream, name))
+    async def open(cls, jetstream: JetStream, name: str, max_age_s: float | None = None) -> "NatsKeyValue":
+        """The bucket, made if absent (history 1, kept in the server's store)."""
+        bucket = cls(jetstream, name, max_age_s)
+        await bucket._make()
+        return bucket
 
     async def get(self, key: str) -> Entry | None:
         """The newest value, or None."""
-
-        async def read(bucket: JetStreamKeyValue) -> Entry | None:
-            try:
-                entry = await bucket.get(key)
-            except js_errors.KeyNotFoundError:
+        subject = self._subject(key)
+        question = {"last_by_subj": subject}
+        try:
+            answer = await self._again(lambda: self._jetstream.call(self._api("MSG.GET"), question))
+        except JetStreamError as error:
+            if error.code == NO_MESSAGE:
                 return None
-            return Entry(entry.value or b"", entry.revision or 0)
-
-        return await self._run(key, read)
+            raise
+        if answer.message is None:
+            raise BusError(f"JetStream's answer about {key} holds no message")
+        return Entry(answer.message.data, answer.message.seq)
 
     async def create(self, key: str, value: bytes) -> int:
         """Write a key that does not exist. Raises `WrongRevisionError` if it exists."""
-        return await self._run(key, lambda bucket: bucket.create(key, value))
+        return await self._write(key, value, {_EXPECTED: "0"})
 
     async def update(self, key: str, value: bytes, revision: int) -> int:
         """Replace the value of exactly `revision`. Raises `WrongRevisionError`."""
-        return await self._run(key, lambda bucket: bucket.update(key, value, last=revision))
+        return await self._write(key, value, {_EXPECTED: str(revision)})
 
     async def put(self, key: str, value: bytes) -> int:
         """Write without comparing; the new revision."""
-        return await self._run(key, lambda bucket: bucket.put(key, value))
+        return await self._write(key, value, None)
 
-    async def _run(self, key: str, operation: Callable[[JetStreamKeyValue], Awaitable[T]]) -> T:
-        with _mapped(key):
-            try:
-                return await operation(self._bucket)
-            except _NO_BUCKET:
-                # A server that came back with an empty store has no bucket: nobody answers for it.
-                self._bucket = await _open(self._jetstream, self._name)
-                return await operation(self._bucket)
-
-
-async def _open(jetstream: JetStreamContext, bucket: str) -> JetStreamKeyValue:
-    try:
-        return await jetstream.key_value(bucket)
-    except js_errors.NotFoundError:
-        pass
-    try:
-        return await jetstream.create_key_value(KeyValueConfig(bucket=bucket, history=1, replicas=1))
-    except js_errors.BadRequestError as error:
-        if error.err_code != _BUCKET_EXISTS:
+    async def _write(self, key: str, value: bytes, headers: dict[str, str] | None) -> int:
+        subject = self._subject(key)
+        try:
+            answer = await self._again(lambda: self._jetstream.ask(subject, value, headers))
+        except JetStreamError as error:
+            if error.code in WRONG_LAST_SEQUENCE:
+                raise WrongRevisionError(f"{key} is at another revision") from error
             raise
-        return await jetstream.key_value(bucket)  # somebody else was faster
+        if answer.seq < 1:  # whoever answers here is no stream
+            raise BusError(f"JetStream's answer about {key} holds no sequence")
+        return answer.seq
 
+    async def _again(self, operation: Callable[[], Awaitable[Answer]]) -> Answer:
+        """Once more after a server that came back with an empty store: nobody answers for the bucket."""
+        try:
+            return await operation()
+        except NoRespondersError:
+            await self._make()
+        except JetStreamError as error:
+            if error.code != STREAM_NOT_FOUND:
+                raise
+            await self._make()
+        return await operation()
 
-@contextlib.contextmanager
-def _mapped(what: str) -> Iterator[None]:
-    """nats-py's errors as `BusError`s."""
-    try:
-        yield
-    except js_errors.KeyWrongLastSequenceError as error:
-        raise WrongRevisionError(f"{what} is at another revision") from error
-    except (errors.OutboundBufferLimitError, errors.ConnectionClosedError) as error:
-        raise NotConnectedError("the bus is not connected") from error
-    except (errors.TimeoutError, TimeoutError) as error:
-        raise RequestTimeoutError(f"JetStream did not answer about {what} within {TIMEOUT_S} s") from error
-    except (errors.Error, OSError, ValueError, KeyError) as error:
-        raise BusError(f"JetStream failed on {what}: {type(error).__name__}: {error}") from error
+    async def _make(self) -> None:
+        max_age_s = self._max_age_s or 0.0
+        await self._jetstream.open(
+            {
+                "name": f"KV_{self._name}",
+                "subjects": [f"$KV.{self._name}.>"],
+                "retention": "limits",
+                "storage": "file",
+                "max_msgs_per_subject": 1,
+                "max_bytes": AGING_BUCKET_BYTES if max_age_s else _BUCKET_BYTES,
+                "max_age": round(max_age_s * 1e9),
+                "duplicate_window": round(min(max_age_s or _DUPLICATE_WINDOW_S, _DUPLICATE_WINDOW_S) * 1e9),
+                "discard": "old" if max_age_s else "new",
+                "allow_rollup_hdrs": True,
+                "deny_delete": True,
+            }
+        )
+
+    def _api(self, kind: str) -> str:
+        return f"STREAM.{kind}.KV_{self._name}"
+
+    def _subject(self, key: str) -> str:
+        guard.check_publish(key)
+        return f"$KV.{self._name}.{key}"

@@ -91,7 +91,7 @@ class KeyValue(Protocol):
 
 
 class Stored(NamedTuple):
-    """A message as a log kept it. `sequence` rises over all subjects of the log, with gaps on each of them."""
+    """A message as a log kept it. `sequence` rises over all subjects of the log, with gaps on each."""
 
     sequence: int
     data: bytes
@@ -99,7 +99,7 @@ class Stored(NamedTuple):
 
 class MessageLog(Protocol):
     """What was published on some subjects, kept for a while beside its delivery: publishers pay nothing and
-    learn nothing of it, so a message may be missing. Every call raises `BusError` when it cannot be answered."""
+    learn nothing of it, so a message may be missing. Calls that cannot be answered raise `BusError`."""
 
     async def last_sequence(self) -> int:
         """The newest message's sequence; 0 in an empty log."""
@@ -147,7 +147,8 @@ class Bus(Protocol):
         """The log `name` of `subjects` (may hold `*`, `>`), made if absent; it forgets the oldest first."""
 
     def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
-        """Run `callback` after every reconnect: messages may have been lost."""
+        """Run `callback` whenever messages may have been lost: after every reconnect, and when servers of a
+        cluster came or went."""
 
     async def close(self) -> None:
         """Send what is pending and close."""

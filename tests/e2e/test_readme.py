@@ -52,6 +52,34 @@ def test_curl(serve: Serve) -> None:
     assert "372" in run(serve, ["bash", "-c", block.replace("http://127.0.0.1:8000", serve.url)])
 
 
+def sh_block(words: str) -> str:
+    (block,) = [
+        block
+        for block in re.findall(r"```sh\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+        if words in block
+    ]
+    return str(block)
+
+
+@pytest.mark.needs("curl")
+def test_a_stream_goes_on(serve: Serve) -> None:
+    run(serve, ["bash", "-c", sh_block("Last-Event-ID").replace("http://127.0.0.1:8000", serve.url)])
+    first, rest = ((serve.runtime_dir / name).read_text() for name in ("first.txt", "rest.txt"))
+    assert first.count("data: ") == 14
+    assert rest.endswith("data: [DONE]\n\n")
+    ids = re.findall(r"^id: (.*)$", first + rest, re.MULTILINE)
+    assert ids[:14] == [str(number) for number in range(14)]
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.needs("curl")
+def test_a_request_that_is_sent_twice(serve: Serve) -> None:
+    run(serve, ["bash", "-c", sh_block("Idempotency-Key").replace("http://127.0.0.1:8000", serve.url)])
+    first, second = ((serve.runtime_dir / f"{name}.json").read_text() for name in ("first", "second"))
+    assert first == second
+    assert '"text"' in first
+
+
 @pytest.mark.needs("curl")
 def test_the_command_that_serve_prints(serve: Serve) -> None:
     (command,) = [line for line in serve.output().splitlines() if line.startswith("curl ")]

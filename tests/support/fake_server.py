@@ -11,6 +11,7 @@ from pagebus.bus.messages import (
     Heartbeat,
     Message,
     PromptRow,
+    Rejected,
     TokenRow,
     Tokens,
     pack_ids,
@@ -55,6 +56,7 @@ class FakeServer:
         self.cancels: list[Cancel] = []
         self.headers: list[dict[str, str]] = []
         self.is_mute = False
+        self.refusal = ""  # a code: requests are turned away with it
         self._attempts: dict[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -74,9 +76,25 @@ class FakeServer:
         if self.is_mute or message.attempt <= self._attempts.get(message.request_id, 0):
             return
         self._attempts[message.request_id] = message.attempt
-        task = asyncio.ensure_future(self._make(message))
+        task = asyncio.ensure_future(self._refuse(message) if self.refusal else self._make(message))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _refuse(self, asked: Generate) -> None:
+        refusal = Rejected(
+            request_id=asked.request_id,
+            attempt=asked.attempt,
+            code=self.refusal,
+            message="no",
+            is_client_fault=False,
+        )
+        await self.send(asked.reply, refusal)
+
+    def drop_all(self, reply: str = "") -> None:
+        """Nobody listens any more (on `reply`): what runs is ended, and may be asked for again."""
+        for asked in self.generates:
+            if reply in ("", asked.reply) and self._attempts.get(asked.request_id) == asked.attempt:
+                self._attempts[asked.request_id] = 0
 
     async def _make(self, asked: Generate) -> None:
         await self.send(

@@ -19,10 +19,11 @@ from pagebus.gateway.chat import ChatEndpoint
 from pagebus.gateway.completions import CompletionEndpoint
 from pagebus.gateway.context import GatewayContext, pagebus_version
 from pagebus.gateway.errors import ApiError, ErrorResponse
-from pagebus.gateway.health import HealthEndpoint, Readiness, ReadyEndpoint, Version, VersionEndpoint
+from pagebus.gateway.health import Health, HealthEndpoint, Readiness, ReadyEndpoint, Version, VersionEndpoint
 from pagebus.gateway.metrics import MetricsEndpoint
 from pagebus.gateway.models_route import ModelsEndpoint
 from pagebus.gateway.openai_types import ChatRequest, CompletionRequest
+from pagebus.gateway.streams_route import StreamsEndpoint
 
 _REFERENCE = "#/components/schemas/{name}"
 
@@ -36,9 +37,10 @@ def build_app(context: GatewayContext) -> ASGIApp:
         [
             Route("/v1/chat/completions", ChatEndpoint(context), methods=["POST"]),
             Route("/v1/completions", CompletionEndpoint(context), methods=["POST"]),
+            Route("/v1/streams/{stream_id}", StreamsEndpoint(context), methods=["GET"]),
             Route("/v1/models", models, methods=["GET"]),
             Route("/v1/models/{model_id:path}", models, methods=["GET"]),
-            Route("/health", HealthEndpoint(), methods=["GET"]),
+            Route("/health", HealthEndpoint(context), methods=["GET"]),
             Route("/ready", ReadyEndpoint(context), methods=["GET"]),
             Route("/version", VersionEndpoint(), methods=["GET"]),
             Route("/metrics", MetricsEndpoint(context), methods=["GET"]),
@@ -68,7 +70,7 @@ def _schema() -> dict[str, Any]:
     """An OpenAPI document made from the structs."""
     types = [
         ChatRequest, CompletionRequest, ChatCompletion, Completion, ModelList, ModelCard, ErrorResponse,
-        Readiness, Version,
+        Health, Readiness, Version,
     ]  # fmt: skip
     _, components = msgspec.json.schema_components(types, ref_template=_REFERENCE)
     return {
@@ -77,9 +79,12 @@ def _schema() -> dict[str, Any]:
         "paths": {
             "/v1/chat/completions": {"post": _operation("Answer a chat", ChatCompletion, ChatRequest)},
             "/v1/completions": {"post": _operation("Go on with a text", Completion, CompletionRequest)},
+            "/v1/streams/{stream_id}": {
+                "get": _operation("The rest of a stored stream", parameter="stream_id")
+            },
             "/v1/models": {"get": _operation("Served models", ModelList)},
             "/v1/models/{model_id}": {"get": _operation("One model", ModelCard, parameter="model_id")},
-            "/health": {"get": _operation("Whether this process lives")},
+            "/health": {"get": _operation("Whether requests get on", Health)},
             "/ready": {"get": _operation("Whether a request would be answered now", Readiness)},
             "/version": {"get": _operation("Installed version", Version)},
             "/metrics": {"get": _operation("Prometheus metrics")},

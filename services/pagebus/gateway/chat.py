@@ -27,6 +27,7 @@ class ChatShape(AnswerShape):
     """Bodies of one chat answer."""
 
     is_chat = True
+    kind = "chat"
     id_prefix = "chatcmpl-"
     chunk_kind = "chat.completion.chunk"
 
@@ -74,12 +75,13 @@ class ChatEndpoint(Endpoint):
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one chat."""
         context = self._context
-        request = await read_request(context, scope, receive, self._decoder)
+        request, idempotency = await read_request(context, scope, receive, self._decoder)
         model = context.checked_model(request.model)
         refuse_unserved_chat(request)
         limit_name = chat_limit_name(request)
         tenant = context.tenant(scope["headers"])
         with traced(context, scope, request, model) as trace:
+            context.generations.shedding.check(tenant)
             generation, details = await prepare(context, tenant, request, trace)
             echo = _echoed_text(request)
             job = Job(
@@ -95,6 +97,7 @@ class ChatEndpoint(Endpoint):
                 has_usage_everywhere=request.has_usage_everywhere,
                 echoes=[Echo(echo)] if echo else (),
                 trace=trace,
+                idempotency=idempotency,
             )
             try:
                 await answer(context, job, scope, receive, send)

@@ -31,6 +31,7 @@ class CompletionShape(AnswerShape):
     """Bodies of one text answer."""
 
     is_chat = False
+    kind = "completion"
     id_prefix = "cmpl-"
     chunk_kind = "text_completion"
 
@@ -78,7 +79,7 @@ class CompletionEndpoint(Endpoint):
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, which may hold several prompts."""
         context = self._context
-        request = await read_request(context, scope, receive, self._decoder)
+        request, idempotency = await read_request(context, scope, receive, self._decoder)
         model = context.checked_model(request.model)
         refuse_unserved_completion(request)
         prompts = split_prompts(request.prompt)
@@ -88,6 +89,7 @@ class CompletionEndpoint(Endpoint):
             )
         tenant = context.tenant(scope["headers"])
         with traced(context, scope, request, model) as trace:
+            context.generations.shedding.check(tenant)
             ids = await tokenize(context, request, prompts, trace)
             details = completion_details(request)
             check_told(ids, details, "logprobs" if details.has_echoed_logprobs else "prompt_logprobs")
@@ -120,6 +122,7 @@ class CompletionEndpoint(Endpoint):
                 echoes=_echoes(context, prompts, ids, details) if request.echo else (),
                 is_echo_only=is_echo_only,
                 trace=trace,
+                idempotency=idempotency,
             )
             await answer(context, job, scope, receive, send)
 

@@ -78,6 +78,23 @@ class GatewayConnection(HttpToolsProtocol):
         self._set_deadline(None)
         super().on_message_complete()
 
+    def say_close(self, header: tuple[bytes, bytes]) -> None:
+        """The answer under way is the connection's last one; where it has not begun, it says so."""
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            return
+        if cycle.response_started:
+            cycle.keep_alive = False
+        else:
+            cycle.default_headers = [*cycle.default_headers, header]
+
+    def close_if_idle(self) -> None:
+        """Close unless a request is on its way, or its answer."""
+        is_coming = self._is_in_head and self._num_head_bytes > 0
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if not is_coming and not is_answering and not self.transport.is_closing():
+            self.transport.close()
+
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP, or too large a head, in OpenAI's shape, and close."""
         if self._is_head_too_large:

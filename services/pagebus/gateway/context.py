@@ -11,8 +11,10 @@ from pagebus.gateway.auth import Keys
 from pagebus.gateway.counters import Counters
 from pagebus.gateway.errors import ApiError
 from pagebus.gateway.generations import Generations
+from pagebus.gateway.progress import ProgressWatch
 from pagebus.gateway.sampling_params import SamplingDefaults
 from pagebus.gateway.sse import StreamClock
+from pagebus.gateway.stored_streams import StoredStreams
 from pagebus.gateway.submitter import Submitter
 from pagebus.gateway.tokenizer import Tokenizer
 from pagebus.gateway.tracing import NoTelemetry, Telemetry
@@ -35,6 +37,7 @@ class GatewayContext:
     submitter: Submitter
     tokenizer: Tokenizer
     generations: Generations
+    progress: ProgressWatch
     counters: Counters
     keys: Keys
     clock: StreamClock
@@ -42,6 +45,7 @@ class GatewayContext:
     request_timeout_s: float
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     telemetry: Telemetry = field(default_factory=NoTelemetry)
+    streams: StoredStreams | None = None  # None: nothing is stored
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

@@ -25,6 +25,8 @@ _STATUS_OF_CODE: Mapping[str, int] = {
     "server_shutting_down": 503,
     "tokenizer_busy": 503,
     "prompt_too_large": 413,
+    "stream_expired": 404,
+    "cancelled": 499,
 }
 _TYPE_OF_STATUS: Mapping[int, str] = {
     429: "rate_limit_error",

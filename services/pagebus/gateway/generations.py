@@ -1,6 +1,8 @@
 """Starts generations: checks a request against model and context, submits it, and knows the live ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
 
 from pagebus.bus import subjects
 from pagebus.gateway.counters import Counters
@@ -8,10 +10,13 @@ from pagebus.gateway.errors import ApiError, invalid
 from pagebus.gateway.generation import Choice, Generation
 from pagebus.gateway.generation_events import GenerationRequest, OnEvent
 from pagebus.gateway.shedding import Shedding
-from pagebus.gateway.submitter import Submitter
+from pagebus.gateway.submitter import Submitter, Ticket
 from pagebus.gateway.tokenizer import Tokenizer
 from pagebus.gateway.tracing import NO_TRACE, RequestTrace
-from pagebus.requester.events import RequestFailed, RequestSpec
+from pagebus.requester.events import Event, RequestFailed, RequestSpec
+
+Submit = Callable[[RequestSpec, Callable[[Event], None]], Ticket]
+"""Takes a request, and what hears of it: `Submitter.submit`, or a relay's."""
 
 
 class Generations:
@@ -34,7 +39,8 @@ class Generations:
         self._limit = max_model_len
         self._known_max_model_len = 0
         self._live: set[Generation] = set()
-        self.is_draining = False
+        self.is_draining = False  # the process is about to end
+        self.is_closed = False  # nothing new is taken
         self.shedding = Shedding()
 
     @property
@@ -52,15 +58,42 @@ class Generations:
         known = self._known_max_model_len
         return min(known, self._limit) if known and self._limit else known
 
+    def resolved(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with its limit of tokens, checked against model and context. Raises `ApiError`."""
+        max_tokens = self._checked_max_tokens(request)
+        return msgspec.structs.replace(request, max_tokens=max_tokens)
+
     def start(
-        self, request: GenerationRequest, on_event: OnEvent, trace: RequestTrace = NO_TRACE
+        self,
+        request: GenerationRequest,
+        on_event: OnEvent,
+        trace: RequestTrace = NO_TRACE,
+        submit: Submit | None = None,
     ) -> Generation:
         """Check the request against model and context, and submit it.
 
         Raises `ApiError` (nothing was submitted, the trace is not ended). `on_event` may be called before
         this returns; it must not raise or block.
         """
-        max_tokens = self._checked_max_tokens(request)
+        return self._begin(self.resolved(request), on_event, trace, submit, self._counters)
+
+    def again(self, request: GenerationRequest, on_event: OnEvent, submit: Submit) -> Generation:
+        """Tell a request again that was checked before, and counted. `submit` gives what is known of it.
+
+        Raises `ApiError` while this gateway drains.
+        """
+        self._check_draining()
+        return self._begin(request, on_event, NO_TRACE, submit, Counters())
+
+    def _begin(
+        self,
+        request: GenerationRequest,
+        on_event: OnEvent,
+        trace: RequestTrace,
+        submit: Submit | None,
+        counters: Counters,
+    ) -> Generation:
+        max_tokens = request.max_tokens or 1
         stop_ids = frozenset(request.stop_token_ids)
         if not request.ignore_eos:
             stop_ids |= self._tokenizer.eos_token_ids
@@ -90,27 +123,31 @@ class Generations:
             )
             for _ in range(request.num_choices)
         ]
-        generation = Generation(request, choices, stop_ids, self._counters, on_event, trace)
+        generation = Generation(request, choices, stop_ids, counters, on_event, trace)
         self._live.add(generation)
         generation.on_over = lambda: self._live.discard(generation)
         generation.on_failed = lambda failure: self.shedding.note(request.tenant, failure)
-        self._counters.num_prompt_tokens += len(request.prompt)
-        generation.attach(self._submitter.submit(spec, generation.take))
+        counters.num_prompt_tokens += len(request.prompt)
+        generation.attach((submit or self._submitter.submit)(spec, generation.take))
         return generation
 
     def fail_all(self, code: str, message: str) -> None:
-        """End every live generation with an error."""
+        """End every live generation with an error, and take nothing new."""
+        self.is_closed = True
         for generation in list(self._live):
             generation.fail(RequestFailed(code, message))
 
     def _trace_headers(self, trace: RequestTrace, request_id: str) -> Mapping[str, str]:
         return trace.send(self._destination, request_id)
 
-    def _checked_max_tokens(self, request: GenerationRequest) -> int:
-        if self.is_draining:
+    def _check_draining(self) -> None:
+        if self.is_closed:
             raise ApiError(
                 503, "this gateway is shutting down", code="server_shutting_down", retry_after_s=1.0
             )
+
+    def _checked_max_tokens(self, request: GenerationRequest) -> int:
+        self._check_draining()
         context = self.max_model_len
         if not context:
             raise ApiError(

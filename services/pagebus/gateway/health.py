@@ -1,18 +1,18 @@
-"""`/health`, `/ready` and `/version`: whether this process lives, and whether requests would be answered."""
+"""`/health`, `/ready` and `/version`: whether requests get on, and whether new ones would be answered."""
 
 import msgspec
 
 from pagebus.gateway.context import GatewayContext, pagebus_version
 from pagebus.gateway.limits import Receive, Scope, Send
+from pagebus.gateway.progress import LEADER_SILENCE_S
 from pagebus.gateway.responder import Endpoint, send_json
-
-LEADER_SILENCE_S = 2.0
 
 
 class Health(msgspec.Struct, frozen=True):
-    """Body of `/health`: whoever reads this was answered by a loop that turns."""
+    """Body of `/health`: "ok", or "stalled" and why."""
 
     status: str = "ok"
+    reason: str | None = None
 
 
 class Version(msgspec.Struct, frozen=True):
@@ -72,11 +72,18 @@ def readiness(context: GatewayContext) -> Readiness:
 
 
 class HealthEndpoint(Endpoint):
-    """Answers 200 as long as the event loop turns."""
+    """200 while requests get on or there are none; 503 with a reason where there is work and no progress."""
+
+    def __init__(self, context: GatewayContext) -> None:
+        self._context = context
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer at once."""
-        await send_json(send, 200, Health())
+        reason = self._context.progress.reason
+        if reason is None:
+            await send_json(send, 200, Health())
+        else:
+            await send_json(send, 503, Health("stalled", reason))
 
 
 class ReadyEndpoint(Endpoint):

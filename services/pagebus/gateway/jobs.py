@@ -25,6 +25,14 @@ class Echo:
     offsets: Sequence[int] = ()
 
 
+@dataclass(frozen=True)
+class Idempotency:
+    """A client's `Idempotency-Key`, and a digest of the route and body that came with it."""
+
+    key: str
+    body_digest: bytes
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One or more prompts with equally many choices each, and how to answer."""
@@ -39,6 +47,7 @@ class Job:
         False  # max_tokens is 0: one token is made where the prompt must be told, and dropped
     )
     trace: RequestTrace = field(default=NO_TRACE)
+    idempotency: Idempotency | None = None
 
     @property
     def num_choices_each(self) -> int:

@@ -9,26 +9,19 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Annotated, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from pagebus.bus import subjects
-from pagebus.bus.messages import (
-    ApiAlive,
-    ApiCancel,
-    ApiDone,
-    ApiError,
-    ApiErrorBody,
-    ApiEvent,
-    ApiTokenLogprob,
-    ApiTokens,
-    ApiUsage,
-)
+from pagebus.bus.messages import ApiAlive, ApiCancel, ApiEvent
 from pagebus.bus.protocol import Bus, BusError, Msg, Subscription
 from pagebus.gateway import chat, completions, errors
+from pagebus.gateway.api_events import done_event, error_event, only_the_end, prompt_events, tokens_event
 from pagebus.gateway.context import GatewayContext
+from pagebus.gateway.event_ids import OPEN, Sent
 from pagebus.gateway.generation import Generation
 from pagebus.gateway.generation_events import (
     Finished,
@@ -37,14 +30,19 @@ from pagebus.gateway.generation_events import (
     PromptEvent,
     TextEvent,
 )
+from pagebus.gateway.generations import Submit
 from pagebus.gateway.jobs import check_told
+from pagebus.gateway.limits import MAX_CHOICES
 from pagebus.gateway.logprob_shapes import LogprobWriter
-from pagebus.gateway.openai_types import ChatRequest, CompletionRequest
+from pagebus.gateway.openai_types import ChatRequest, CompletionRequest, TokenCount
 from pagebus.gateway.refusals import refuse_unserved_chat, refuse_unserved_completion
+from pagebus.gateway.relay import Relay
+from pagebus.gateway.relay_parts import Change
 from pagebus.gateway.requests import generation_request
 from pagebus.gateway.sampling_params import TokenDetails, completion_details, sampling_of
+from pagebus.gateway.splitting import Splitter, one_by_one
 from pagebus.gateway.tracing import RequestTrace
-from pagebus.requester.packed_logprobs import cut, num_tokens
+from pagebus.requester.packed_logprobs import num_tokens
 
 _log = logging.getLogger(__name__)
 
@@ -53,26 +51,29 @@ MAX_LIVE = 4096
 MAX_UNSENT = 100_000
 """Most events that wait to be published; beyond it they are dropped, and readers see a gap."""
 ALIVE_INTERVAL_S = 5.0
-PROMPT_TOKENS_AN_EVENT = 256
-"""Log-probabilities of longer prompts come in several events, each far below the bus's `max_payload`."""
 
 _Request = TypeVar("_Request")
 
 
 class _Head(msgspec.Struct, frozen=True, kw_only=True):
-    """What decides how a request is read."""
+    """What decides how a request is read. `have`: a running request is joined again by somebody who has so
+    many tokens of each choice, and so many places of the prompt's log-probabilities."""
 
     id: str
     messages: msgspec.Raw = msgspec.Raw(b"null")
+    prompt: msgspec.Raw = msgspec.Raw(b"null")
+    have: Annotated[list[TokenCount], Meta(min_length=1, max_length=MAX_CHOICES)] | None = None
+    have_prompt: TokenCount = 0
 
 
 class _Live:
     """A running request of a NATS client."""
 
-    __slots__ = ("generation", "is_cancelled", "last_sent_s")
+    __slots__ = ("generation", "is_cancelled", "last_sent_s", "relay")
 
-    def __init__(self) -> None:
+    def __init__(self, relay: Relay | None = None) -> None:
         self.generation: Generation | None = None
+        self.relay = relay  # where it is stored
         self.is_cancelled = False  # before it could start
         self.last_sent_s = time.monotonic()
 
@@ -86,6 +87,7 @@ class NatsApi:
         self._bus = bus
         self._model = model
         self._live: dict[str, _Live] = {}
+        self._joining: dict[str, _Live] = {}  # reads again what was missed, while another gateway owns it
         self._unsent: deque[tuple[str, bytes]] = deque()
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -105,14 +107,19 @@ class NatsApi:
         self._keep(self._publish())
         self._keep(self._stay_alive())
 
+    async def leave(self) -> None:
+        """Take no more requests: other gateways of the queue group get them. Those that run go on."""
+        requests, *self._subscriptions = self._subscriptions
+        with contextlib.suppress(BusError):
+            await requests.unsubscribe()
+
     async def close(self) -> None:
         """Take no more requests, cancel the running ones, and stop."""
         for subscription in self._subscriptions:
             with contextlib.suppress(BusError):
                 await subscription.unsubscribe()
-        for live in list(self._live.values()):
-            if live.generation is not None:
-                live.generation.cancel()
+        for identity, live in [*self._live.items(), *self._joining.items()]:
+            self._drop(identity, live)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -133,28 +140,38 @@ class NatsApi:
                 return
             live.is_cancelled = True
             if live.generation is not None:
-                live.generation.cancel()
-                self._live.pop(cancel.id, None)
-                self._send(cancel.id, _error_event(cancel.id, _CANCELLED))
+                if live.relay is not None and self._context.streams is not None:
+                    self._context.streams.cancelled(live.relay)
+                self._drop(cancel.id, live)
+                self._send(cancel.id, error_event(cancel.id, _CANCELLED))
 
     async def _serve(self, msg: Msg) -> None:
         """One request: whatever goes wrong with it is answered, and touches no other."""
-        identity = ""
+        identity, is_own = "", False
         try:
             head = self._head(msg.data)
             identity = head.id
+            if head.have is not None and await self._join(head, head.have):
+                self._answer(msg, ApiAlive(id=identity))
+                return
+            if identity in self._live:
+                raise errors.ApiError(
+                    409, f"request {identity} is running already", code="id_in_use", param="id"
+                )
+            is_own = True
             live = self._live[identity] = _Live()
             try:
                 await self._start(head, msg, live)
             except BaseException:
-                self._live.pop(identity, None)
+                self._drop(identity, live)
                 raise
             self._answer(msg, ApiAlive(id=identity))
         except errors.ApiError as error:
-            self._refuse(msg, identity, error)
+            self._refuse(msg, identity, error, is_own=is_own)
         except Exception:
             _log.exception("a request of a NATS client failed in the gateway")
-            self._refuse(msg, identity, errors.ApiError(500, "the gateway failed to process this request"))
+            fault = errors.ApiError(500, "the gateway failed to process this request")
+            self._refuse(msg, identity, fault, is_own=is_own)
 
     def _head(self, data: bytes) -> _Head:
         if len(data) > self._context.max_body_bytes:
@@ -165,8 +182,6 @@ class NatsApi:
             raise errors.from_decode_error(error) from None
         if not subjects.is_part(head.id):
             raise errors.invalid("id must match [A-Za-z0-9_-]{1,64}", "id")
-        if head.id in self._live:
-            raise errors.ApiError(409, f"request {head.id} is running already", code="id_in_use", param="id")
         if len(self._live) >= MAX_LIVE:
             raise errors.ApiError(429, f"{MAX_LIVE} requests are running here", code="queue_full")
         return head
@@ -177,16 +192,26 @@ class NatsApi:
             "process pagebus.api.generate", msg.headers, {"messaging.system": "nats"}
         )
         try:
+            context.generations.shedding.check("")
             if bytes(head.messages) != b"null":
                 request, details = await self._chat_request(msg.data, trace)
             else:
                 request, details = await self._completion_request(msg.data, trace)
             if live.is_cancelled:
                 raise _CANCELLED
+            submit: Submit | None = None
+            if context.streams is not None:
+                request = context.generations.resolved(request)
+                live.relay = await context.streams.admit_api(head.id, request, details)
+            if live.relay is not None:
+                live.relay.on_change = self._changes_of(head.id, live)
+                submit = live.relay.submit
             take = self._events_to(head.id, live, details)
-            live.generation = context.generations.start(request, take, trace)
-            if live.generation.is_over:
-                self._live.pop(head.id, None)
+            live.generation = context.generations.start(request, take, trace, submit)
+            if live.relay is not None and context.streams is not None:
+                context.streams.submitted(live.relay)
+            if live.generation.is_over or live.is_cancelled:
+                self._drop(head.id, live)
         except BaseException as error:
             trace.end(error=type(error).__name__)
             raise
@@ -218,45 +243,98 @@ class NatsApi:
         generation = generation_request(context, "", request, ids, sampling, request.max_tokens, default)
         return generation, details
 
+    async def _join(self, head: _Head, have: list[int]) -> bool:
+        """Tell again what somebody missed of a stored request, and own it if its owner is gone. False where
+        nothing is known of the request and nothing was missed: it may begin. Raises `ApiError`."""
+        context, streams = self._context, self._context.streams
+        relay: Relay | None = None
+        if streams is not None:
+            try:
+                relay = await streams.find_api("", head.id)
+            except BusError as error:
+                raise errors.ApiError(
+                    503, f"stored streams cannot be reached: {error}", code="not_ready"
+                ) from None
+        if relay is None or streams is None:
+            is_complete = bytes(head.messages) != b"null" or bytes(head.prompt) != b"null"
+            if is_complete and not any(have) and head.id not in self._live:
+                return False
+            raise errors.ApiError(404, f"nothing is kept of request {head.id}", code="stream_not_found")
+        record = relay.record
+        if len(have) != record.num_choices or max(have) > record.max_tokens:
+            raise errors.invalid(f"request {head.id} has no such tokens", "have")
+        if (former := self._joining.get(head.id)) is not None:
+            self._drop(head.id, former)
+        live = self._joining[head.id] = _Live(relay)
+        relay.on_change = self._changes_of(head.id, live)
+        take = self._events_to(head.id, live, record.details, have, head.have_prompt)
+        sent = [Sent(OPEN, num_ids) for num_ids in have]
+        live.generation = context.generations.again(
+            record.requests[0],
+            take,
+            lambda spec, on_event: relay.submit(spec, Splitter(one_by_one(on_event), sent).take),
+        )
+        relay.start()
+        return True
+
+    def _changes_of(self, identity: str, live: _Live) -> Callable[[Change], None]:
+        def change(now: Change) -> None:
+            if now == "owner":
+                self._joining.pop(identity, None)
+                self._live[identity] = live
+            else:  # another gateway owns it and publishes
+                self._drop(identity, live)
+
+        return change
+
+    def _drop(self, identity: str, live: _Live) -> None:
+        """Nothing more of it comes from here."""
+        for known in (self._live, self._joining):
+            if known.get(identity) is live:
+                del known[identity]
+        if live.generation is not None:
+            live.generation.cancel()
+        if live.relay is not None and self._context.streams is not None:
+            self._context.streams.forget(live.relay)
+
     def _events_to(
-        self, identity: str, live: _Live, details: TokenDetails
+        self,
+        identity: str,
+        live: _Live,
+        details: TokenDetails,
+        have: Sequence[int] = (),
+        have_prompt: int = 0,
     ) -> Callable[[GenerationEvent], None]:
+        """Publishes what a generation tells, but for what `have` says is known."""
         writer = LogprobWriter(self._context.tokenizer.texts, details.as_ids)
 
         def take(event: GenerationEvent) -> None:
             live.last_sent_s = time.monotonic()
             match event:
                 case TextEvent():
-                    self._send(identity, _tokens_event(identity, event, details, writer))
+                    if have and event.ids and event.index + len(event.ids) <= have[event.choice]:
+                        if event.finish_reason is None:
+                            return
+                        event = only_the_end(event)
+                    self._send(identity, tokens_event(identity, event, details, writer))
                 case PromptEvent():
-                    for prompt_event in _prompt_events(identity, event, details, writer):
-                        self._send(identity, prompt_event)
+                    if event.start + num_tokens(event.logprobs) > have_prompt:
+                        for prompt_event in prompt_events(identity, event, details, writer):
+                            self._send(identity, prompt_event)
                 case Finished():
-                    self._live.pop(identity, None)
-                    usage = event.usage
-                    self._send(
-                        identity,
-                        ApiDone(
-                            id=identity,
-                            usage=ApiUsage(
-                                prompt_tokens=usage.num_prompt_tokens,
-                                completion_tokens=usage.num_generated_tokens,
-                                total_tokens=usage.num_prompt_tokens + usage.num_generated_tokens,
-                                cached_tokens=usage.num_cached_tokens,
-                            ),
-                        ),
-                    )
+                    self._send(identity, done_event(identity, event.usage))
+                    self._drop(identity, live)
                 case _:
-                    self._live.pop(identity, None)
-                    self._send(identity, _error_event(identity, errors.from_failure(event)))
+                    self._send(identity, error_event(identity, errors.from_failure(event)))
+                    self._drop(identity, live)
 
         return take
 
-    def _refuse(self, msg: Msg, identity: str, error: errors.ApiError) -> None:
+    def _refuse(self, msg: Msg, identity: str, error: errors.ApiError, *, is_own: bool) -> None:
         """Answer a refusal to the asker, and to followers of the stream unless it belongs to another."""
-        event = _error_event(identity, error)
+        event = error_event(identity, error)
         self._answer(msg, event)
-        if subjects.is_part(identity) and identity not in self._live:
+        if is_own and error.code != "id_in_use":
             self._send(identity, event)
 
     def _answer(self, msg: Msg, event: ApiEvent) -> None:
@@ -296,39 +374,6 @@ class NatsApi:
 
 
 _CANCELLED = errors.ApiError(499, "the request was cancelled", code="cancelled")
-
-
-def _tokens_event(identity: str, event: TextEvent, details: TokenDetails, writer: LogprobWriter) -> ApiTokens:
-    num_top, logprobs = details.num_logprobs, event.logprobs
-    return ApiTokens(
-        id=identity,
-        choice=event.choice,
-        index=event.index,
-        token_ids=list(event.ids),
-        text=event.text,
-        finish_reason=event.finish_reason,
-        logprobs=None if num_top is None or logprobs is None else writer.api(logprobs, num_top),
-    )
-
-
-def _prompt_events(
-    identity: str, event: PromptEvent, details: TokenDetails, writer: LogprobWriter
-) -> Iterator[ApiTokens]:
-    """Events without tokens, the first of all with a null for the prompt's first token."""
-    num_top = details.num_prompt_logprobs or 0
-    for start in range(0, num_tokens(event.logprobs), PROMPT_TOKENS_AN_EVENT):
-        some = cut(event.logprobs, start, start + PROMPT_TOKENS_AN_EVENT)
-        told: list[ApiTokenLogprob | None] = [None] if event.start + start == 1 else []
-        told += writer.api(some, num_top)
-        yield ApiTokens(id=identity, choice=0, index=0, token_ids=[], text="", prompt_logprobs=told)
-
-
-def _error_event(identity: str, error: errors.ApiError) -> ApiError:
-    body = error.body
-    return ApiError(
-        id=identity,
-        error=ApiErrorBody(message=body.message, type=body.type, param=body.param, code=body.code),
-    )
 
 
 def _decoded(decoder: msgspec.json.Decoder[_Request], data: bytes) -> _Request:

@@ -1,6 +1,8 @@
 """From a request's bytes and headers to a typed request: what both POST routes do before they tokenize."""
 
 import contextlib
+import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
@@ -10,6 +12,7 @@ from pagebus.bus.messages import Sampling
 from pagebus.gateway.context import GatewayContext
 from pagebus.gateway.errors import ApiError, from_decode_error, invalid
 from pagebus.gateway.generation_events import GenerationRequest
+from pagebus.gateway.jobs import Idempotency
 from pagebus.gateway.limits import ClientGoneError, Receive, Scope, read_body
 from pagebus.gateway.openai_types import CommonRequest
 from pagebus.gateway.request_ids import new_request_id
@@ -19,18 +22,34 @@ from pagebus.gateway.tracing import HttpTrace, RequestTrace
 
 _Request = TypeVar("_Request", bound=CommonRequest)
 _CLIENT_GONE_STATUS = 499  # never sent; what logs and traces call it
+_IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
 _TRACE_HEADERS = frozenset({b"traceparent", b"tracestate"})
 
 
 async def read_request(
     context: GatewayContext, scope: Scope, receive: Receive, decoder: msgspec.json.Decoder[_Request]
-) -> _Request:
-    """The decoded body; raises `ApiError` for everything that is wrong with it."""
+) -> tuple[_Request, Idempotency | None]:
+    """The decoded body, and the key that came with it; raises `ApiError` for everything that is wrong."""
     body = await read_body(scope, receive, context.max_body_bytes)
     try:
-        return decoder.decode(body)
+        return decoder.decode(body), _idempotency(scope, body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise from_decode_error(error) from None
+
+
+def _idempotency(scope: Scope, body: bytes) -> Idempotency | None:
+    keys = [value for name, value in scope["headers"] if name == b"idempotency-key"]
+    if not keys:
+        return None
+    key = keys[0].decode("latin-1").strip()
+    if len(keys) > 1 or not _IDEMPOTENCY_KEY.fullmatch(key):
+        raise invalid(
+            "send one Idempotency-Key of 1 to 255 printable ASCII characters",
+            "Idempotency-Key",
+            "invalid_key",
+        )
+    digest = hashlib.sha256(b"%b\0%b" % (str(scope["path"]).encode(), body)).digest()
+    return Idempotency(key, digest)
 
 
 @contextlib.contextmanager

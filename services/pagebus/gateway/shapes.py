@@ -5,7 +5,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal, Self
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -13,7 +13,7 @@ from msgspec import UNSET, UnsetType
 from pagebus.gateway.answer_types import UsageBody
 from pagebus.gateway.generation_events import TextEvent
 from pagebus.gateway.logprob_shapes import LogprobsBody, LogprobWriter
-from pagebus.gateway.request_ids import new_request_id
+from pagebus.gateway.request_ids import new_answer_id
 from pagebus.gateway.sampling_params import TokenDetails
 from pagebus.gateway.sse import ChunkTemplate
 
@@ -46,16 +46,53 @@ class AnswerShape(ABC):
     """Base of one answer's bodies."""
 
     is_chat: ClassVar[bool]
+    kind: ClassVar[Literal["chat", "completion"]]
     id_prefix: ClassVar[str]
     chunk_kind: ClassVar[str]
 
-    def __init__(self, model: str, fingerprint: str, details: TokenDetails, writer: LogprobWriter) -> None:
-        self._id = self.id_prefix + new_request_id()
-        self._created = int(time.time())
+    def __init__(
+        self,
+        model: str,
+        fingerprint: str,
+        details: TokenDetails,
+        writer: LogprobWriter,
+        *,
+        answer_id: str = "",
+        created: int = 0,
+    ) -> None:
+        """`answer_id` and `created` (unix seconds): an earlier answer's, to tell the same one again."""
+        self._id = answer_id or self.id_prefix + new_answer_id()
+        self._created = created or int(time.time())
         self._model = model
         self._fingerprint = fingerprint
         self.details = details
         self.writer = writer
+
+    @property
+    def id(self) -> str:
+        """The answer's id."""
+        return self._id
+
+    @property
+    def created(self) -> int:
+        """Unix seconds."""
+        return self._created
+
+    @property
+    def model(self) -> str:
+        """The name that the client knows the model by."""
+        return self._model
+
+    @property
+    def fingerprint(self) -> str:
+        """`system_fingerprint`."""
+        return self._fingerprint
+
+    def again(self, answer_id: str, created: int) -> Self:
+        """The same shape under another answer's id and time."""
+        return type(self)(
+            self._model, self._fingerprint, self.details, self.writer, answer_id=answer_id, created=created
+        )
 
     @abstractmethod
     def whole(self, choices: Sequence[ChoiceAnswer], usage: UsageBody) -> bytes:

@@ -107,6 +107,7 @@ class SseStream:
 
     def __init__(self, send: Send, abort: Callable[[], None] | None) -> None:
         """`abort` drops the connection at once; without it the task is cancelled."""
+        self.headers: list[tuple[bytes, bytes]] = list(_HEADERS)
         self._send = send
         self._abort = abort
         self._loop = asyncio.get_running_loop()
@@ -136,7 +137,7 @@ class SseStream:
     async def run(self) -> None:
         """Send the head, then everything written, until `finish`. Raises `ClientGoneError`."""
         self._task = asyncio.current_task()
-        await self._send_now({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+        await self._send_now({"type": "http.response.start", "status": 200, "headers": self.headers})
         while True:
             if not self._parts and not self._is_finished and not self._is_gone:
                 self._waiter = self._loop.create_future()

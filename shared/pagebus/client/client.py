@@ -23,12 +23,27 @@ from pagebus.bus.messages import (
     ApiTokens,
 )
 from pagebus.bus.nats_bus import NatsBus
-from pagebus.bus.protocol import Bus, Msg, NoRespondersError, RequestTimeoutError
+from pagebus.bus.protocol import (
+    Bus,
+    BusError,
+    Msg,
+    NoRespondersError,
+    NotConnectedError,
+    RequestTimeoutError,
+)
+from pagebus.client.reading import Reading
 from pagebus.settings.structs import BUNDLED_MODEL_NAME
 
 _SILENCE_S = 15.0
+"""Without any sign of life, which comes every 5 s: the request's gateway may be gone."""
+_GAP_S = 0.3
+_MAX_GAP_PAUSE_S = 5.0
+_RETRY_S = 1.0
+_GIVE_UP_S = 120.0
 _ACCEPT_TIMEOUT_S = 5.0
 _MAX_EVENTS_BEHIND = 100_000
+_PASSING = frozenset({"server_shutting_down", "not_ready"})
+"""Errors of one gateway that another one, or the same one later, does not have."""
 
 Parameter = str | int | float | bool | None | Sequence[str] | Sequence[int] | Mapping[str, float]
 
@@ -51,9 +66,22 @@ class Client:
     ```
     """
 
-    def __init__(self, bus: Bus, model: str = BUNDLED_MODEL_NAME) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        model: str = BUNDLED_MODEL_NAME,
+        *,
+        silence_s: float = _SILENCE_S,
+        give_up_s: float = _GIVE_UP_S,
+    ) -> None:
+        """`silence_s` without a sign of life: a running request is joined again, at another gateway if need
+        be. `give_up_s` without any: it is lost."""
         self._bus = bus
         self._model = model
+        self._silence_s = silence_s
+        self._give_up_s = give_up_s
+        self._followers: set[_Follower] = set()
+        bus.on_reconnect(self._on_reconnect)
 
     @classmethod
     async def connect(cls, url: str, *, model: str = BUNDLED_MODEL_NAME) -> "Client":
@@ -85,8 +113,9 @@ class Client:
         Give `prompt` (text or token ids) or `messages` (a chat). `parameters` are the HTTP interface's:
         max_tokens, temperature, top_p, top_k, stop, seed, n, ignore_eos, logit_bias, logprobs,
         prompt_logprobs, ... (an event's `logprobs` are those of its tokens; `prompt_logprobs` come first, in
-        events without tokens). Raises `GenerationError` for an
-        error, also when nobody serves the model or no sign of life came for 15 s. Leaving the loop cancels.
+        events without tokens). A gateway that dies is only a pause: the request is joined again, and every
+        token comes once. Raises `GenerationError` for an error, also when nobody serves the model or no sign
+        of life came for too long. Leaving the loop cancels.
         """
         identity = request_id or secrets.token_hex(16)
         body: dict[str, object] = {"id": identity, **parameters}
@@ -94,9 +123,11 @@ class Client:
             body["messages"] = list(messages)
         else:
             body["prompt"] = prompt if isinstance(prompt, str) or prompt is None else list(prompt)
+        n = parameters.get("n")
+        num_choices = n if isinstance(n, int) and n > 0 else 1
         is_over = False
-        async with _Follower(self._bus, identity) as follower:
-            await self._ask(identity, body)
+        async with self._following(identity, body, num_choices) as follower:
+            await follower.begin()
             try:
                 async for event in follower.events():
                     yield event
@@ -106,11 +137,12 @@ class Client:
                 raise
             finally:
                 if not is_over:
-                    await self.cancel(identity)
+                    with contextlib.suppress(BusError):
+                        await self.cancel(identity)
 
     async def follow(self, request_id: str) -> AsyncIterator[ApiTokens]:
         """Follow a request that somebody else started, from now on, until it ends."""
-        async with _Follower(self._bus, request_id) as follower:
+        async with self._following(request_id, {"id": request_id}, None) as follower:
             async for event in follower.events():
                 yield event
 
@@ -120,64 +152,136 @@ class Client:
             subjects.api_cancel(self._model), msgspec.json.encode(ApiCancel(id=subjects.part(request_id)))
         )
 
-    async def _ask(self, identity: str, body: dict[str, object]) -> None:
+    @contextlib.asynccontextmanager
+    async def _following(
+        self, request_id: str, body: dict[str, object], num_choices: int | None
+    ) -> AsyncIterator["_Follower"]:
+        subject = subjects.api_generate(self._model)
+        follower = _Follower(self._bus, subject, body, Reading(num_choices), self._silence_s, self._give_up_s)
+        self._followers.add(follower)
         try:
-            answer = await self._bus.request(
-                subjects.api_generate(self._model), msgspec.json.encode(body), timeout_s=_ACCEPT_TIMEOUT_S
-            )
-        except NoRespondersError:
-            raise _error(f"nobody serves the model {self._model!r} on this bus", "no_gateway") from None
-        except RequestTimeoutError:
-            raise _error(f"no gateway answered for request {identity}", "no_answer") from None
-        event = msgspec.json.decode(answer.data, type=AnyApiEvent)
-        if isinstance(event, ApiError):
-            raise GenerationError(event.error)
+            subscription = await self._bus.subscribe(subjects.stream(request_id), follower.take)
+            try:
+                yield follower
+            finally:
+                with contextlib.suppress(Exception):
+                    await subscription.unsubscribe()
+        finally:
+            self._followers.discard(follower)
+
+    async def _on_reconnect(self) -> None:
+        for follower in self._followers:
+            follower.doubt()
 
 
 class _Follower:
-    """A subscription to one request's events, with a bounded buffer."""
+    """One request's events as they come, with a bounded buffer, and its joining again."""
 
-    def __init__(self, bus: Bus, request_id: str) -> None:
-        self._bus = bus
-        self._request_id = request_id
-        self._queue: asyncio.Queue[AnyApiEvent] = asyncio.Queue(_MAX_EVENTS_BEHIND)
-
-    async def __aenter__(self) -> Self:
-        self._subscription = await self._bus.subscribe(subjects.stream(self._request_id), self._take)
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    def __init__(
+        self,
+        bus: Bus,
+        subject: str,
+        body: dict[str, object],
+        reading: Reading,
+        silence_s: float,
+        give_up_s: float,
     ) -> None:
-        with contextlib.suppress(Exception):
-            await self._subscription.unsubscribe()
+        """`subject`: where requests are sent; `body`: this one's."""
+        self._bus = bus
+        self._subject = subject
+        self._body = body
+        self._reading = reading
+        self._silence_s = silence_s
+        self._give_up_s = give_up_s
+        self._queue: asyncio.Queue[AnyApiEvent | None] = asyncio.Queue(_MAX_EVENTS_BEHIND)
 
-    def _take(self, msg: Msg) -> None:
-        with contextlib.suppress(asyncio.QueueFull):  # the gap in the index ends the stream in `events`
+    def take(self, msg: Msg) -> None:
+        """The next event, from the bus."""
+        with contextlib.suppress(asyncio.QueueFull):  # a gap in the index then asks again
             self._queue.put_nowait(msgspec.json.decode(msg.data, type=AnyApiEvent))
 
+    def doubt(self) -> None:
+        """The connection was cut: something may be lost."""
+        with contextlib.suppress(asyncio.QueueFull):
+            self._queue.put_nowait(None)
+
+    async def begin(self) -> None:
+        """Send the request; raises `GenerationError`."""
+        try:
+            await self._send(self._body)
+        except NoRespondersError:
+            model = self._subject.split(".")[2]
+            raise _error(f"nobody serves the model {model} on this bus", "no_gateway") from None
+        except (RequestTimeoutError, NotConnectedError):
+            await self._join_again()  # its gateway may have died with it, or taken it: either is found out
+
     async def events(self) -> AsyncIterator[ApiTokens]:
-        """The tokens until the end; raises `GenerationError` for an error, a gap, or silence."""
-        have: dict[int, int] = {}
+        """The tokens until the end, each once; raises `GenerationError`."""
+        reading = self._reading
+        loop = asyncio.get_running_loop()
+        last_sign_s = loop.time()
+        gap_pause_s, gap_at_s = _GAP_S, 0.0  # how long a gap may last, and when it has
         while True:
-            try:
-                event = await asyncio.wait_for(self._queue.get(), _SILENCE_S)
-            except TimeoutError:
-                raise _error(f"no sign of life for {_SILENCE_S:.0f} s", "silent") from None
+            now_s = loop.time()
+            if not reading.has_gap:
+                gap_pause_s, gap_at_s = _GAP_S, 0.0
+            elif not gap_at_s:
+                gap_at_s = now_s + gap_pause_s
+            wait_s = max(0.0, gap_at_s - now_s) if gap_at_s else self._silence_s
+            event: AnyApiEvent | None = None
+            if wait_s > 0:
+                with contextlib.suppress(TimeoutError):
+                    event = await asyncio.wait_for(self._queue.get(), wait_s)
+            if event is None:
+                if loop.time() - last_sign_s > self._give_up_s:
+                    raise _error(f"no sign of life for {self._give_up_s:.0f} s", "silent")
+                last_sign_s = await self._join_again() or last_sign_s
+                gap_pause_s, gap_at_s = min(2 * gap_pause_s, _MAX_GAP_PAUSE_S), 0.0
+                continue
+            last_sign_s = loop.time()
             match event:
                 case ApiTokens():
-                    expected = have.get(event.choice, event.index)
-                    if event.index != expected:
-                        lost = f"tokens {expected} to {event.index} of choice {event.choice} were lost"
-                        raise _error(lost, "gap")
-                    have[event.choice] = event.index + len(event.token_ids)
-                    yield event
+                    for new in reading.take(event):
+                        yield new
+                case ApiError() if event.error.code in _PASSING:
+                    self.doubt()
                 case ApiError():
                     raise GenerationError(event.error)
-                case ApiDone():
+                case ApiDone() if reading.is_complete:
                     return
+                case ApiDone():
+                    self.doubt()
                 case ApiAlive():
                     continue
+
+    async def _join_again(self) -> float | None:
+        """Ask for what is missing, at whichever gateway; when one answered, or None. Raises
+        `GenerationError` where nothing is kept of the request."""
+        body = {
+            **self._body,
+            "have": list(self._reading.have) or [0],
+            "have_prompt": self._reading.have_prompt,
+        }
+        try:
+            await self._send(body)
+        except GenerationError as error:
+            if error.error.code not in _PASSING:
+                raise
+        except BusError:
+            pass
+        else:
+            return asyncio.get_running_loop().time()
+        await asyncio.sleep(_RETRY_S)
+        self.doubt()
+        return None
+
+    async def _send(self, body: dict[str, object]) -> None:
+        answer = await self._bus.request(
+            self._subject, msgspec.json.encode(body), timeout_s=_ACCEPT_TIMEOUT_S
+        )
+        event = msgspec.json.decode(answer.data, type=AnyApiEvent)
+        if isinstance(event, ApiError):
+            raise GenerationError(event.error)
 
 
 def _error(message: str, code: str) -> GenerationError:

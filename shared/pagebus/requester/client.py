@@ -8,15 +8,18 @@ import heapq
 import itertools
 import logging
 import random
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pagebus.bus import messages, subjects
 from pagebus.bus.messages import Accepted, Cancel, DecodeError, Failed, Heartbeat, Message, Rejected, Tokens
-from pagebus.bus.protocol import Bus, BusError, Msg, NotConnectedError, PayloadTooLargeError, Subscription
+from pagebus.bus.protocol import Bus, Msg, Subscription
 from pagebus.requester.events import Event, NewTokens, RequestFailed, RequestSpec
-from pagebus.requester.state import NEVER, RequestState, Timing
+from pagebus.requester.outbox import Outbox, Outgoing
+from pagebus.requester.ownership import LIVE, NOT_HERE, read_probe
+from pagebus.requester.state import RequestState
+from pagebus.requester.timing import NEVER, Timing
 
 _log = logging.getLogger(__name__)
 
@@ -31,16 +34,6 @@ class _Live:
     state: RequestState
     on_event: Callable[[Event], None]
     timer_s: float = NEVER
-
-
-@dataclass
-class _Outgoing:
-    """A message to publish, and the request that fails if it can never be sent."""
-
-    subject: str
-    data: bytes
-    headers: dict[str, str] = field(default_factory=dict)
-    live: _Live | None = None
 
 
 class Ticket:
@@ -86,9 +79,17 @@ class Requester:
         timing: Timing | None = None,
         rng: random.Random | None = None,
     ) -> None:
-        """`instance` names this process on the bus and must be unique: `[A-Za-z0-9_-]{1,64}`."""
+        """`instance` names this process on the bus and must be unique: `[A-Za-z0-9_-]{1,64}`.
+
+        `on_doubt` may be set: it is called with the id of a request that is asked for again, and with one
+        that another process says it owns now (`ownership.py`). Ids in `expected` count as running here: their
+        requests are about to be submitted.
+        """
         self.counters: Counter[str] = Counter()
         self.heartbeat: Heartbeat | None = None
+        self.instance = instance
+        self.on_doubt: Callable[[str], None] = lambda request_id: None
+        self.expected: set[str] = set()
         self._bus = bus
         self._model = model
         self._generate_subject = subjects.generate(model)
@@ -100,9 +101,7 @@ class Requester:
         self._heartbeat_at_s = -NEVER
         self._cancelled_at_s: OrderedDict[str, float] = OrderedDict()
         self._subscriptions: list[Subscription] = []
-        self._outbox: deque[_Outgoing] = deque()
-        self._has_outgoing = asyncio.Event()
-        self._sender: asyncio.Task[None] | None = None
+        self._outbox = Outbox(bus, self.counters)
         self._timers: list[tuple[float, int, _Live]] = []
         self._order = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
@@ -111,7 +110,7 @@ class Requester:
     async def start(self) -> None:
         """Subscribe; raises `BusError`."""
         self._loop = asyncio.get_running_loop()
-        self._sender = self._loop.create_task(self._send_all(), name="requester-sender")
+        self._outbox.open()
         for subject, handler in (
             (self._reply, self._on_message),
             (self._life, self._on_probe),
@@ -131,11 +130,7 @@ class Requester:
             self._timer.cancel()
         for subscription in self._subscriptions:
             await subscription.unsubscribe()
-        if self._sender is not None:
-            self._sender.cancel()
-            await asyncio.gather(self._sender, return_exceptions=True)
-            while self._outbox:
-                await self._send(self._outbox.popleft())
+        await self._outbox.close()
 
     @property
     def heartbeat_age_s(self) -> float:
@@ -152,7 +147,7 @@ class Requester:
 
         Raises `ValueError` for an id that is malformed or runs already, or a count that makes no sense.
         """
-        if self._is_closed or self._sender is None:
+        if self._is_closed or not self._outbox.is_open:
             raise RuntimeError("the requester is not started, or closed")
         if not subjects.is_part(spec.request_id):
             raise ValueError(f"{spec.request_id[:80]!r} is no request id: [A-Za-z0-9_-]{{1,64}}")
@@ -173,6 +168,19 @@ class Requester:
         self._live[spec.request_id] = live
         self._ask(live)
         return Ticket(self, live)
+
+    def is_live(self, request_id: str) -> bool:
+        """Whether the request runs here."""
+        return request_id in self._live or request_id in self.expected
+
+    def release(self, request_id: str) -> RequestState | None:
+        """Stop owning a request that another process owns now: nothing is cancelled, and no more events come.
+        What was received of it; None where it does not run here."""
+        live = self._live.pop(request_id, None)
+        if live is None:
+            return None
+        live.state.has_ended = True
+        return live.state
 
     async def generate(self, spec: RequestSpec) -> AsyncGenerator[Event, None]:
         """The request's events; the last is a `RequestFailed` or ends the last choice. Leaving it cancels."""
@@ -226,9 +234,13 @@ class Requester:
                 self._tell(live, () if event is None else (event,))
 
     def _on_probe(self, msg: Msg) -> None:
-        """An executor asks whether anybody is here."""
+        """An executor asks whether anybody is here, or another owner of requests about one of them."""
+        probe = read_probe(msg.data)
+        if probe is not None and probe.is_taken_over:
+            self.on_doubt(probe.request_id)
         if msg.reply:
-            self._publish(_Outgoing(msg.reply, b""))
+            is_live = probe is not None and self.is_live(probe.request_id)
+            self._outbox.put(Outgoing(msg.reply, b"" if probe is None else LIVE if is_live else NOT_HERE))
 
     def _on_heartbeat(self, msg: Msg) -> None:
         try:
@@ -265,9 +277,19 @@ class Requester:
         generate = live.state.ask(self._loop.time(), self.heartbeat.epoch if self.heartbeat else 0)
         if generate is None:
             return
-        self.counters["asked" if generate.attempt == 1 else "asked_again"] += 1
+        is_first = generate.attempt == live.state.spec.first_attempt
+        self.counters["asked" if is_first else "asked_again"] += 1
+        if not is_first:
+            self.on_doubt(generate.request_id)
         headers = dict(live.state.spec.headers)
-        self._publish(_Outgoing(self._generate_subject, messages.encode(generate), headers, live))
+        self._outbox.put(
+            Outgoing(
+                self._generate_subject,
+                messages.encode(generate),
+                headers,
+                lambda failure: self._cannot_send(live, failure),
+            )
+        )
         self._watch(live)
 
     def _known(self, row: messages.TokenRow | messages.PromptRow, now_s: float) -> _Live | None:
@@ -358,36 +380,12 @@ class Requester:
         self._publish_message(Cancel(request_id=live.state.spec.request_id, attempt=live.state.attempt))
         self._fail(live, failure)
 
-    # Sending: one task, in order
+    # Sending
 
     def _publish_message(self, message: Message) -> None:
-        self._publish(_Outgoing(self._generate_subject, messages.encode(message)))
+        self._outbox.put(Outgoing(self._generate_subject, messages.encode(message)))
 
-    def _publish(self, outgoing: _Outgoing) -> None:
-        self._outbox.append(outgoing)
-        self._has_outgoing.set()
-
-    async def _send_all(self) -> None:
-        while True:
-            await self._has_outgoing.wait()
-            self._has_outgoing.clear()
-            while self._outbox:
-                await self._send(self._outbox.popleft())
-
-    async def _send(self, outgoing: _Outgoing) -> None:
-        try:
-            await self._bus.publish(outgoing.subject, outgoing.data, headers=outgoing.headers or None)
-        except NotConnectedError:
-            self.counters["unsent"] += 1  # lost, as on the wire: the timer or the reconnect asks again
-        except PayloadTooLargeError as error:
-            self._cannot_send(outgoing, RequestFailed("prompt_too_large", str(error), is_client_fault=True))
-        except BusError as error:
-            _log.error("a message cannot be sent: %s", error)
-            self._cannot_send(outgoing, RequestFailed("internal_error", "the request cannot be sent"))
-
-    def _cannot_send(self, outgoing: _Outgoing, failure: RequestFailed) -> None:
-        self.counters["refused"] += 1
-        if outgoing.live is not None:
-            state = outgoing.live.state
-            self._publish_message(Cancel(request_id=state.spec.request_id, attempt=state.attempt))
-            self._fail(outgoing.live, state.fail(failure))
+    def _cannot_send(self, live: _Live, failure: RequestFailed) -> None:
+        state = live.state
+        self._publish_message(Cancel(request_id=state.spec.request_id, attempt=state.attempt))
+        self._fail(live, state.fail(failure))

@@ -8,8 +8,18 @@ import msgspec
 from pagebus.bus.messages import FinishReason, Logprobs, Sampling
 
 
+class ReceivedChoice(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is here of a choice already. One with a finish reason is not asked for."""
+
+    ids: Sequence[int] = ()
+    finish_reason: FinishReason | None = None
+
+
 class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One request. `sampling.seed` must be fixed by the caller (a random one if the client gave none)."""
+    """One request. `sampling.seed` must be fixed by the caller (a random one if the client gave none).
+
+    A request that somebody else owned before brings what was received of it; events then begin after that.
+    """
 
     request_id: str  # unique; [A-Za-z0-9_-]{1,64}
     prompt: Sequence[int]  # token ids
@@ -23,6 +33,9 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""
     timeout_s: float = 600.0  # the request's deadline
     headers: Mapping[str, str] = {}  # W3C trace context, sent with every Generate
+    received: Sequence[ReceivedChoice] = ()  # one a choice, or none at all
+    num_prompt_told: int = 1  # positions of the prompt whose log-probabilities are here; the first has none
+    first_attempt: int = 1
 
 
 class NewTokens(msgspec.Struct, frozen=True):

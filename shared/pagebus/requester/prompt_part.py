@@ -6,10 +6,11 @@ from pagebus.requester.packed_logprobs import cut, is_whole, num_tokens
 
 
 class PromptPart:
-    """Grows from position 1 (nothing has predicted position 0) to the prompt's end, if that is wanted."""
+    """Grows from position 1 (nothing has predicted position 0), or behind what is told already, to the
+    prompt's end, if that is wanted."""
 
-    def __init__(self, num_ids: int, is_wanted: bool) -> None:
-        self._next = 1
+    def __init__(self, num_ids: int, is_wanted: bool, num_told: int = 1) -> None:
+        self._next = max(num_told, 1)
         self._end = num_ids if is_wanted else 0
         self.num_asked_again = 0  # since it was last told of
 
@@ -17,6 +18,11 @@ class PromptPart:
     def is_told(self) -> bool:
         """Whether everything wanted is here."""
         return self._next >= self._end
+
+    @property
+    def num_told(self) -> int:
+        """Positions that need not be told any more."""
+        return self._next
 
     def is_gap(self, row: PromptRow) -> bool:
         """Whether something before the row was lost."""

@@ -23,24 +23,11 @@ from pagebus.bus.messages import (
     pack_ids,
     unpack_ids,
 )
-from pagebus.requester.events import Event, NewTokens, RequestFailed, RequestSpec
+from pagebus.requester.events import Event, NewTokens, ReceivedChoice, RequestFailed, RequestSpec
 from pagebus.requester.packed_logprobs import cut, is_whole
 from pagebus.requester.prompt_part import PromptPart
 from pagebus.requester.suspicion import Suspicion
-
-NEVER = float("inf")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """Bounds past which a request may be lost, in seconds."""
-
-    acknowledged_s: float = 1.0  # sent, and no sign; doubles up to `max_backoff_s` while nothing is heard
-    silence_s: float = 20.0  # acknowledged, and no further sign (the scheduler gives one every 15 s)
-    progress_s: float = 120.0  # said to be running, and no token; doubles at each time it was asked again
-    min_backoff_s: float = 0.05  # after a retryable failure; doubles up to
-    max_backoff_s: float = 2.0
-    jitter_s: float = 0.1  # spread of what all requesters would do at the same moment
+from pagebus.requester.timing import NEVER, Timing
 
 
 @dataclass
@@ -72,7 +59,7 @@ class RequestState:
         rng: random.Random,
     ) -> None:
         self.spec = spec
-        self.attempt = 0
+        self.attempt = spec.first_attempt - 1
         self.has_ended = False
         self.deadline_s = now_s + spec.timeout_s
         self.num_stale_rows = 0
@@ -85,14 +72,17 @@ class RequestState:
         self._prompt = pack_ids(spec.prompt)
         self._stop_ids = frozenset(spec.stop_token_ids)
         self._packed_stop_ids = pack_ids(spec.stop_token_ids)
-        self._choices = [_Choice(array("i")) for _ in range(spec.num_choices)]
-        self._num_open = spec.num_choices
-        self._prompt_part = PromptPart(len(spec.prompt), spec.sampling.num_prompt_logprobs is not None)
+        received = spec.received or (ReceivedChoice(),) * spec.num_choices
+        self._choices = [_Choice(array("i", choice.ids), choice.finish_reason) for choice in received]
+        self._num_open = sum(choice.finish_reason is None for choice in self._choices)
+        self._prompt_part = PromptPart(
+            len(spec.prompt), spec.sampling.num_prompt_logprobs is not None, spec.num_prompt_told
+        )
         self._prompt_choice = 0  # whose row tells them in this attempt: the first open one's
         self._held: list[NewTokens] = []
         self._is_cancelled = False
         self._epoch = 0  # the leader's that works on this attempt, as far as known
-        self._is_acknowledged = False
+        self._was_asked = self._is_acknowledged = False
         self._num_failures = 0  # asked again since the last token
         self._suspicion = Suspicion()
         self._last_sign_s = now_s
@@ -115,6 +105,17 @@ class RequestState:
         """Whether every log-probability of the prompt that was asked for is here."""
         return self._prompt_part.is_told
 
+    @property
+    def num_prompt_told(self) -> int:
+        """Positions of the prompt that are told, the first included."""
+        return self._prompt_part.num_told
+
+    def received(self) -> list[ReceivedChoice]:
+        """What the owner was told of every choice; one that the owner ended counts as stopped."""
+        if not self.is_prompt_told:
+            return [ReceivedChoice((), "stop" if one.is_unwanted else None) for one in self._choices]
+        return [ReceivedChoice(one.ids, one.finish_reason) for one in self._choices]
+
     def num_ids(self, choice: int) -> int:
         """How many ids the choice has."""
         return len(self._choices[choice].ids)
@@ -130,7 +131,7 @@ class RequestState:
         if self.has_ended:
             return None
         self.attempt += 1
-        self._epoch = leader_epoch
+        self._was_asked, self._epoch = True, leader_epoch
         self._is_acknowledged = False
         self._running_since_s = NEVER
         self._num_failures += 1
@@ -140,7 +141,7 @@ class RequestState:
         spec, sampling = self.spec, self.spec.sampling
         if self.is_prompt_told and sampling.num_prompt_logprobs is not None:
             sampling = msgspec.structs.replace(sampling, num_prompt_logprobs=None)
-        self._prompt_part.num_asked_again += self.attempt > 1
+        self._prompt_part.num_asked_again += self.attempt > spec.first_attempt
         choices = self._asked_choices()
         self._prompt_choice = next(choice.index for choice in choices if choice.finish_reason is None)
         return Generate(
@@ -320,12 +321,12 @@ class RequestState:
 
     def on_leader(self, epoch: int, now_s: float) -> None:
         """A leader is heard: if it is newer than the one that was asked, that one's work is gone."""
-        if 0 < self._epoch < epoch and self.attempt > 0:
+        if 0 < self._epoch < epoch and self._was_asked:
             self._ask_soon(now_s)
 
     def on_reconnect(self, now_s: float) -> None:
         """The owner was cut off: anything may have been lost."""
-        if self.attempt > 0:
+        if self._was_asked:
             self._ask_soon(now_s)
 
     def _sign(self, epoch: int, now_s: float) -> None:
@@ -352,7 +353,7 @@ class RequestState:
     def _patience_s(self) -> float:
         """When silence, or running without a token, has lasted too long."""
         timing = self._timing
-        if self.attempt == 0:
+        if not self._was_asked:
             return NEVER
         if not self._is_acknowledged:
             return self._last_sign_s + self._backed_off(timing.acknowledged_s) + self._jitter_s

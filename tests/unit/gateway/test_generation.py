@@ -120,7 +120,7 @@ def test_fail_all(tokenizer):
 
 def test_draining_refuses(tokenizer):
     bench = Bench(tokenizer)
-    bench.generations.is_draining = True
+    bench.generations.is_closed = True
     with pytest.raises(ApiError) as error:
         bench.start()
     assert error.value.status == 503

@@ -10,7 +10,7 @@ from pagebus.bus import subjects
 from pagebus.bus.memory import MemoryBroker
 from pagebus.bus.messages import Sampling
 from pagebus.client import Client, GenerationError
-from pagebus.gateway import nats_api
+from pagebus.gateway import api_events
 from pagebus.gateway.nats_api import NatsApi
 from pagebus.gateway.server import make_context
 from pagebus.gateway.tokenizer import Tokenizer
@@ -96,7 +96,7 @@ async def test_long_prompts_are_told_in_several_events(tmp_path, monkeypatch):
         request.tell_prompt(size=20)
         say("x")(request)
 
-    monkeypatch.setattr(nats_api, "PROMPT_TOKENS_AN_EVENT", 7)
+    monkeypatch.setattr(api_events, "PROMPT_TOKENS_AN_EVENT", 7)
     async with world(tmp_path, script) as running:
         got = [event async for event in running.client.generate("p" * 50, prompt_logprobs=0)]
         parts = [event.prompt_logprobs for event in got if event.prompt_logprobs]

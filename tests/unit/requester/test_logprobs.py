@@ -19,7 +19,8 @@ from pagebus.bus.messages import (
 )
 from pagebus.requester.events import NewTokens, PromptLogprobs, RequestSpec
 from pagebus.requester.packed_logprobs import cut, is_whole, num_tokens, unpack
-from pagebus.requester.state import RequestState, Timing
+from pagebus.requester.state import RequestState
+from pagebus.requester.timing import Timing
 from tests.support.logprobs import made_up, made_up_all
 
 PROMPT = list(range(100, 110))

@@ -16,7 +16,8 @@ from pagebus.bus.messages import (
     unpack_ids,
 )
 from pagebus.requester.events import NewTokens, RequestFailed, RequestSpec
-from pagebus.requester.state import NEVER, RequestState, Timing
+from pagebus.requester.state import RequestState
+from pagebus.requester.timing import NEVER, Timing
 
 TIMING = Timing(jitter_s=0.0)
 

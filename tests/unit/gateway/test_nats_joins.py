@@ -1,0 +1,154 @@
+"""NATS clients on the memory bus: gateways die, connections break, events get lost; tokens come once."""
+
+import asyncio
+import random
+from pathlib import Path
+
+import pytest
+
+from pagebus.bus.messages import ApiTokens
+from pagebus.client import Client, GenerationError
+from tests.support.fake_server import token
+from tests.support.gateway import MODEL
+from tests.support.stored import VOCAB_SIZE, House, house
+
+
+class Losing:
+    """Loses some deliveries of events to clients."""
+
+    def __init__(self, rng: random.Random, share: float) -> None:
+        self.rng = rng
+        self.share = share
+
+    def delays_s(self, subject: str, sender: str, receiver: str) -> tuple[float, ...]:
+        is_lost = subject.startswith("pagebus.stream.") and self.rng.random() < self.share
+        return () if is_lost else (0.0,)
+
+
+class Reader:
+    """Collects what a client tells, and checks that each token comes once."""
+
+    def __init__(self, built: House, num_choices: int = 1, silence_s: float = 0.5) -> None:
+        self.built = built
+        self.bus = built.broker.connect(f"client-{id(self)}")
+        self.client = Client(self.bus, MODEL, silence_s=silence_s)
+        self.ids: list[list[int]] = [[] for _ in range(num_choices)]
+        self.texts = [""] * num_choices
+        self.ends = [0] * num_choices
+
+    def take(self, event: ApiTokens) -> None:
+        assert self.ends[event.choice] == 0
+        assert event.index == len(self.ids[event.choice])
+        self.ids[event.choice] += event.token_ids
+        self.texts[event.choice] += event.text
+        self.ends[event.choice] += event.finish_reason is not None
+
+    async def run(self, **parameters: object) -> None:
+        async for event in self.client.generate([65, 66], n=len(self.ids), temperature=0, **parameters):
+            self.take(event)
+
+    async def follow(self, request_id: str) -> None:
+        async for event in self.client.follow(request_id):
+            self.take(event)
+
+    def assert_exact(self, num_ids: int) -> None:
+        request_id = self.built.server.generates[0].request_id
+        for choice, ids in enumerate(self.ids):
+            assert ids == [token(request_id, choice, index, VOCAB_SIZE) for index in range(num_ids)]
+            assert self.texts[choice] == self.built.text_of(request_id, choice, num_ids)
+        assert self.ends == [1] * len(self.ids)
+
+
+async def until(reader: Reader, num_ids: int) -> None:
+    async with asyncio.timeout(10):
+        while len(reader.ids[0]) < num_ids:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+def owner_of(built: House) -> str:
+    return built.server.generates[-1].reply.rsplit(".", 1)[1]
+
+
+@pytest.mark.parametrize("num_choices", [1, 2])
+async def test_a_killed_gateway_is_only_a_pause(tmp_path: Path, num_choices: int) -> None:
+    async with house(tmp_path, "one", "two") as built:
+        reader, other = Reader(built, num_choices), Reader(built, num_choices)
+        following = asyncio.create_task(other.follow("shared"))
+        await asyncio.sleep(0.05)
+        running = asyncio.create_task(reader.run(max_tokens=100, request_id="shared"))
+        await until(reader, 20)
+        built.server.drop_all()
+        await built.gateways[owner_of(built)].kill()
+        await asyncio.wait_for(running, 15)
+        await asyncio.wait_for(following, 15)
+        reader.assert_exact(100)
+        other.assert_exact(100)
+        assert built.server.generates[-1].attempt > 65536
+
+
+async def test_the_clients_own_connection_breaks(tmp_path: Path) -> None:
+    async with house(tmp_path, "one", "two") as built:
+        reader = Reader(built)
+        running = asyncio.create_task(reader.run(max_tokens=120))
+        for num_ids in (10, 60):
+            await until(reader, num_ids)
+            reader.bus.disconnect()
+            await asyncio.sleep(0.2)
+            reader.bus.reconnect()
+        await asyncio.wait_for(running, 15)
+        reader.assert_exact(120)
+        assert {generate.attempt for generate in built.server.generates} == {1}  # its owner went on
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_events_are_lost(tmp_path: Path, seed: int) -> None:
+    async with house(tmp_path, "one", "two") as built:
+        built.broker.faults = Losing(random.Random(seed), 0.05)
+        reader = Reader(built, 1 + seed % 2)
+        await asyncio.wait_for(reader.run(max_tokens=100), 25)
+        reader.assert_exact(100)
+
+
+async def test_an_id_is_in_use_everywhere_until_it_ended(tmp_path: Path) -> None:
+    async with house(tmp_path, "one", "two") as built:
+        readers = [Reader(built) for _ in range(4)]
+        running = asyncio.create_task(readers[0].run(max_tokens=40, request_id="same"))
+        await until(readers[0], 5)
+        for reader in readers[1:3]:  # at both gateways
+            with pytest.raises(GenerationError) as raised:
+                await reader.run(max_tokens=3, request_id="same")
+            assert raised.value.error.code == "id_in_use"
+        await running
+        readers[0].assert_exact(40)
+        await readers[3].run(max_tokens=3, request_id="same")
+        assert len(readers[3].ids[0]) == 3
+
+
+async def test_cancelled_is_for_good(tmp_path: Path) -> None:
+    async with house(tmp_path, "one", "two") as built:
+        reader = Reader(built)
+        running = asyncio.create_task(reader.run(max_tokens=200, request_id="mine"))
+        await until(reader, 5)
+        await reader.client.cancel("mine")
+        with pytest.raises(GenerationError) as raised:
+            await running
+        assert raised.value.error.code == "cancelled"
+        await asyncio.sleep(0.1)
+        late = Reader(built)
+        following = asyncio.create_task(late.follow("mine"))
+        with pytest.raises(GenerationError) as raised:
+            await asyncio.wait_for(following, 10)
+        assert raised.value.error.code == "cancelled"
+        assert built.server.generates[-1].attempt == 1
+
+
+async def test_nothing_is_kept(tmp_path: Path) -> None:
+    async with house(tmp_path, "one", resume=False) as built:
+        reader = Reader(built)
+        running = asyncio.create_task(reader.run(max_tokens=500))
+        await until(reader, 5)
+        await built.gateways["one"].kill()
+        await built.add("two", resume=False)
+        with pytest.raises(GenerationError) as raised:
+            await asyncio.wait_for(running, 15)
+        assert raised.value.error.code == "stream_not_found"

@@ -42,12 +42,12 @@ def test_a_killed_process_comes_back(serve: Serve, role: str) -> None:
     while time.monotonic() < deadline:
         status, _ = serve.get("/ready")
         seen.add(status)
-        if status == 200 and len(seen) > 1:
+        if status == 200 and (len(seen) > 1 or serve.children(role) not in ([], [victim])):
             break
         time.sleep(0.02)
     assert 200 in seen, serve.output()
-    # a killed gateway refuses connections (0); with any other process gone it says 503 meanwhile
-    assert (0 if role == "gateway" else 503) in seen, seen
+    # without a gateway connections wait for the next one; with any other process gone it says 503 meanwhile
+    assert seen == {200} if role == "gateway" else 503 in seen, seen
     assert ask(serve) == answer
     (successor,) = serve.children(role)
     assert successor != victim

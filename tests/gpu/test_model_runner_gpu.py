@@ -67,3 +67,18 @@ def test_drawn_ids_are_those_of_the_cpu(tmp_path: Path) -> None:
         ]
         made.append([runner.step([row])[0].id for row in rows])
     assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gpt_oss", "phi3"])
+def test_the_kernels_are_taken(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """In half precision stand-ins are compared with a tolerance: none may be refused, none taken wrongly."""
+    path, family = make_model(kind, tmp_path / kind, has_tokenizer=False), FAMILIES[kind]
+    with caplog.at_level("INFO", "pagebus.executor.loader"):
+        runner = build(path, "bfloat16", family.max_model_len)
+    assert "fused modules: 3 attention" in caplog.text
+    model = reference.load(path)
+    blocks = Blocks(runner)
+    rows = [Row(prompt, blocks.tables(len(prompt) + 8), 8) for prompt in prompts(9)[5:]]
+    run_rows(runner, rows, random.Random(3))
+    worst = [reference.worst_margin(model, row.prompt, row.made) for row in rows]
+    assert sorted(worst)[len(worst) // 2] < 0.5, worst

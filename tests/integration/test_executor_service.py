@@ -15,6 +15,8 @@ CHECKS: list[Check] = [
     executor_tests.check_preemption,
     executor_tests.check_epoch_change,
     executor_tests.check_step_failure,
+    executor_tests.check_out_of_memory,
+    executor_tests.check_drain,
     executor_tests.check_nobody_listens,
     executor_tests.check_stop,
 ]

@@ -20,7 +20,7 @@ import pytest
 from tests.support.serve import descendants, free_port
 
 SERVICE = """
-import os, signal, socket, sys, time
+import os, pathlib, signal, socket, sys, time
 from pagebus.cli.lifeline import die_with_launcher
 die_with_launcher()
 role = sys.argv[1]
@@ -38,21 +38,28 @@ def end(*_):
     say("ended")
     sys.exit(0)
 
+num_interrupts = 0
+
+def interrupt(*_):
+    global num_interrupts
+    num_interrupts += 1
+    say("interrupted" if num_interrupts == 1 else "interrupted twice")
+    end()
+
 signal.signal(signal.SIGTERM, end)
-signal.signal(signal.SIGINT, lambda *_: say("interrupted"))
+signal.signal(signal.SIGINT, interrupt)
 if os.environ.get("BROKEN") == role:
     open(os.environ["PAGEBUS_FAULT_FILE"], "w").write(f"the {role} cannot read this model")
     sys.exit(3)
 say(f"started {os.environ['NATS_URL']}")
+if role == os.environ.get("SLOW") and len(open(trace).read().split(f"{role} started")) > 2:
+    sys.exit(1)  # the one that is to replace it
+pathlib.Path(os.environ["PAGEBUS_READY_FILE"]).touch()
 if role != "gateway":
     time.sleep(600)
 while not all(f"{other} started" in open(trace).read() for other in ("executor", "scheduler")):
     time.sleep(0.02)
-server = socket.socket()
-server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-server.bind((os.environ.get("PAGEBUS_HOST", "127.0.0.1"), int(os.environ["PAGEBUS_PORT"])))
-server.listen()
+server = socket.socket(fileno=int(os.environ["PAGEBUS_LISTEN_FD"]))
 while True:
     client, _ = server.accept()
     client.recv(4096)
@@ -207,7 +214,7 @@ def test_the_terminal_s_ctrl_c_reaches_the_launcher_alone(start: Start) -> None:
     running.ready_line()
     os.killpg(running.process.pid, signal.SIGINT)
     assert running.process.wait(20) == 0
-    assert not [event for event in running.events() if "interrupted" in event]
+    assert not [event for event in running.events() if "twice" in event]
 
 
 def test_a_second_ctrl_c_hurries(start: Start) -> None:
@@ -302,3 +309,67 @@ def test_no_nats_server_is_one_line(start: Start) -> None:
     said = running.err.read_text().strip()
     assert "/no/such/server" in said
     assert len(said.splitlines()) == 1
+
+
+def restart(running: Running, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pagebus.cli", "restart", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=running.environ, check=False, timeout=60
+    )
+
+
+def order_of(running: Running, role: str) -> list[str]:
+    return [event.split()[1] for event in running.events() if event.startswith(role + " ")]
+
+
+def test_a_restart_replaces_every_process_the_new_one_first(start: Start) -> None:
+    running = start("--gateways", "2", "--schedulers", "2")
+    running.ready_line()
+    running.until(lambda: len(order_of(running, "gateway")) == 2)
+    old = [pid for pid in running.pids() if pid not in running.pids("nats-server")]
+    ended = restart(running, "--json")
+    assert ended.returncode == 0, ended.stderr
+    answer = json.loads(ended.stdout)
+    assert answer["state"] == "done"
+    assert len(answer["steps"]) == 5
+    assert not [pid for pid in old if is_running(pid)]
+    assert len(running.pids()) == 6
+    assert order_of(running, "executor") == ["started", "started", "ended"]
+    assert order_of(running, "gateway").count("started") == 4
+    with socket.create_connection(("127.0.0.1", running.port), 2) as client:
+        client.sendall(b"GET /ready HTTP/1.1\r\n\r\n")
+        assert b"200 OK" in client.recv(4096)
+    assert running.status()[0]["is_ready"] is True
+    running.process.send_signal(signal.SIGTERM)
+    assert running.process.wait(20) == 0
+    assert not list(running.runtime.rglob("*")) or not list(running.runtime.rglob("*.*"))
+
+
+def test_without_room_for_two_the_old_one_ends_first(start: Start) -> None:
+    running = start()
+    running.ready_line()
+    assert restart(running, "--no-overlap").returncode == 0
+    assert order_of(running, "executor") == ["started", "ended", "started"]
+    assert order_of(running, "scheduler") == ["started", "started", "ended"]
+
+
+def test_a_new_one_that_never_gets_ready_leaves_the_old_one_in_place(start: Start) -> None:
+    running = start(SLOW="scheduler")
+    running.ready_line()
+    (old,) = [pid for pid, line in descendants(running.process.pid) if line.strip().endswith(" scheduler")]
+    ended = restart(running)
+    assert ended.returncode == 1
+    assert "scheduler" in ended.stderr
+    assert "goes on" in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1
+    assert is_running(old)
+    assert order_of(running, "gateway") == ["started"], "what comes after it is not touched"
+    assert running.process.poll() is None
+
+
+def test_a_restart_without_a_server_is_one_line(tmp_path: Path) -> None:
+    environ = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "pagebus.cli", "restart"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environ, check=False, timeout=30)
+    assert ended.returncode == 1
+    assert len(ended.stderr.strip().splitlines()) == 1

@@ -33,12 +33,16 @@ class BusScheduler:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        await self.bus.subscribe(subjects.hello(MODEL), self._on_hello)
-        await self.bus.subscribe(subjects.step_done(MODEL), self._on_done)
-        await self.requester_bus.subscribe(REPLY, self._on_reply)
+        self._subscriptions = [
+            await self.bus.subscribe(subjects.hello(MODEL), self._on_hello),
+            await self.bus.subscribe(subjects.step_done(MODEL), self._on_done),
+            await self.requester_bus.subscribe(REPLY, self._on_reply),
+        ]
         self._task = asyncio.create_task(self._plan())
 
     async def stop(self) -> None:
+        for subscription in self._subscriptions:
+            await subscription.unsubscribe()
         assert self._task is not None
         self._task.cancel()
         await asyncio.wait({self._task})

@@ -15,20 +15,24 @@ from pagebus.settings.structs import ExecutorSettings
 from tests.support.bus_scheduler import MODEL, BusScheduler
 from tests.support.hand_scheduler import HandScheduler
 
-SETTINGS = ExecutorSettings(model=MODEL, fake=True)
+SETTINGS = ExecutorSettings(model=MODEL, fake=True, drain_timeout_s=0.0)
 LIFE = "pagebus.life.r"
 
 
 class TroubledRunner(FakeRunner):
-    """The fake model, with a step that raises or a row that fails when told to."""
+    """The fake model, with steps that raise or a row that fails when told to."""
 
     raises: BaseException | None = None
+    num_raises = 1
+    raises_id: int | None = None
     fails_id: int | None = None
 
     def step(self, rows: Sequence[RowInput]) -> list[RowOutput]:
-        if self.raises is not None:
-            error, self.raises = self.raises, None
-            raise error
+        if self.raises is not None and self.num_raises > 0:
+            self.num_raises -= 1
+            raise self.raises
+        if any(self.raises_id in row.ids for row in rows):
+            raise IndexError("a row that no step survives")
         outputs = super().step(rows)
         for row, output in zip(rows, outputs, strict=True):
             if self.fails_id in row.ids:
@@ -140,23 +144,43 @@ async def check_epoch_change(executor_bus: Bus, scheduler_bus: Bus) -> None:
 
 
 async def check_step_failure(executor_bus: Bus, scheduler_bus: Bus) -> None:
-    """A step that raises fails its rows for a retry; a row that fails ends alone; the process lives on."""
+    """A step that raises is tried again; what raises for one row's sake, or fails it, ends that row alone."""
     runner = TroubledRunner(num_blocks=64, max_model_len=256)
     hand = HandScheduler("ex")
     async with scheduler(scheduler_bus, hand) as lead, executor(executor_bus, runner):
-        runner.raises = RuntimeError("out of memory")
+        runner.raises = RuntimeError("once")
+        hand.add("r0", PROMPTS[4], max_tokens=10)
+        lead.poke()
+        await lead.until_finished("r0")
+        assert not lead.failures
+        runner.fails_id, runner.raises_id = 777, 888
+        hand.add("r2", PROMPTS[5], max_tokens=10)
+        hand.add("r3", [888, 1], max_tokens=10)
+        hand.add("r1", [777, 1], max_tokens=10)
+        lead.poke()
+        await lead.until_finished("r2")
+        await lead.until(lambda: len(lead.failures) == 2)
+        failures = {failed.request_id: failed for failed in lead.failures}
+        assert set(failures) == {"r1", "r3"}
+        assert "no step survives" in failures["r3"].message
+        for failed in lead.failures:
+            assert (failed.code, failed.is_retryable) == ("row_failed", False)
+    assert lead.received == {"r0": fake_sequence(PROMPTS[4], 10), "r2": fake_sequence(PROMPTS[5], 10)}
+
+
+async def check_out_of_memory(executor_bus: Bus, scheduler_bus: Bus) -> None:
+    """A step that finds no memory, not even in parts, fails its rows for another try; nothing else ends."""
+    runner = TroubledRunner(num_blocks=64, max_model_len=256)
+    hand = HandScheduler("ex")
+    async with scheduler(scheduler_bus, hand) as lead, executor(executor_bus, runner):
+        runner.raises, runner.num_raises = MemoryError("no memory"), 2
         hand.add("r0", PROMPTS[4], max_tokens=10)
         lead.poke()
         await lead.until(lambda: bool(lead.failures))
-        assert [(f.request_id, f.is_retryable) for f in lead.failures] == [("r0", True)]
-        runner.fails_id = 777
+        assert [(failed.code, failed.is_retryable) for failed in lead.failures] == [("step_failed", True)]
         hand.add("r0", PROMPTS[4], max_tokens=10, attempt=2)
-        hand.add("r1", [777, 1], max_tokens=10)
         lead.poke()
         await lead.until_finished("r0")
-        await lead.until(lambda: len(lead.failures) == 2)
-        assert (lead.failures[1].request_id, lead.failures[1].code) == ("r1", "row_failed")
-        assert not lead.failures[1].is_retryable
     assert lead.received == {"r0": fake_sequence(PROMPTS[4], 10)}
 
 
@@ -185,7 +209,7 @@ async def check_nobody_listens(executor_bus: Bus, scheduler_bus: Bus) -> None:
 
 
 async def check_stop(executor_bus: Bus, scheduler_bus: Bus) -> None:
-    """On stop the running step is finished and its ids are sent."""
+    """On stop, without any grace, the running step is finished and sent, and the row handed over."""
     runner = FakeRunner(num_blocks=64, max_model_len=256, step_time_s=0.05)
     hand = HandScheduler("ex", horizon=16)
     async with scheduler(scheduler_bus, hand) as lead:
@@ -195,10 +219,38 @@ async def check_stop(executor_bus: Bus, scheduler_bus: Bus) -> None:
         lead.is_muted = True
         num_made = runner.num_steps - 1  # two chunks, the second makes the first id
         await lead.until(lambda: len(lead.received["r0"]) == num_made)
-        assert list(unpack_handles(lead.dones[-1].handles)) == [1]
+        done = next(done for done in reversed(lead.dones) if done.handles)
+        assert (list(unpack_handles(done.handles)), list(done.failed)) == ([1], [1])
+        assert [(failed.code, failed.is_retryable) for failed in lead.failures] == [
+            ("executor_draining", True)
+        ]
+        assert [hello.state for hello in lead.hellos][-2:] == ["draining", "left"]
         await asyncio.sleep(0.12)
         assert runner.num_steps == num_made + 1
     assert lead.received["r0"] == fake_sequence(PROMPTS[4], num_made)
+
+
+async def check_drain(executor_bus: Bus, scheduler_bus: Bus) -> None:
+    """On stop a row goes on within the grace period; what needs longer is handed over at its end."""
+    for grace_s, is_over in ((10.0, True), (0.15, False)):
+        runner = FakeRunner(num_blocks=64, max_model_len=256, step_time_s=0.02)
+        settings = ExecutorSettings(model=MODEL, fake=True, drain_timeout_s=grace_s)
+        hand, stop = HandScheduler("ex", horizon=4), asyncio.Event()
+        build = lambda _s, _p, runner=runner: runner  # noqa: E731
+        async with scheduler(scheduler_bus, hand) as lead:
+            task = asyncio.create_task(run(settings, executor_bus, Path(), "ex", stop, build=build))
+            hand.add("r0", PROMPTS[4], max_tokens=40)
+            await lead.until(lambda lead=lead: len(lead.received["r0"]) > 2)  # type: ignore[misc]
+            began_s = time.monotonic()
+            stop.set()
+            await lead.until(lambda lead=lead: lead.hellos[-1].state == "draining")  # type: ignore[misc]
+            assert time.monotonic() - began_s < 0.2
+            await asyncio.wait_for(task, 5)
+            await lead.until(lambda lead=lead: lead.hellos[-1].state == "left")  # type: ignore[misc]
+            assert ("r0" in lead.finished) is is_over
+            assert [failed.code for failed in lead.failures] == ([] if is_over else ["executor_draining"])
+            made = lead.received["r0"]
+            assert made == fake_sequence(PROMPTS[4], len(made))
 
 
 Check = Callable[[Bus, Bus], Awaitable[None]]

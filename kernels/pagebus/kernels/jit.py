@@ -17,6 +17,7 @@ __all__ = [
     "compute_type",
     "kernel",
     "num_multiprocessors",
+    "on_compiling",
     "power_of_2",
     "tl",
 ]
@@ -69,6 +70,23 @@ def kernel(function: Callable[..., object]) -> Kernel:
         return _Missing(function.__name__)
     compiled: Kernel = triton.jit(function)
     return compiled
+
+
+def on_compiling(tell: Callable[[bool], None]) -> None:
+    """From now on call `tell(True)` before a kernel is compiled at its launch, and `tell(False)` after it."""
+    if not HAS_TRITON or IS_INTERPRETED:
+        return
+
+    def before(**_: object) -> bool:
+        tell(True)
+        return False  # go on and compile it
+
+    def after(**_: object) -> bool:
+        tell(False)
+        return False
+
+    triton.knobs.runtime.jit_cache_hook = before
+    triton.knobs.runtime.jit_post_compile_hook = after
 
 
 def cdiv(value: int, divisor: int) -> int:

@@ -17,9 +17,11 @@ from typing import Protocol
 from pagebus.cli import status_file
 from pagebus.cli.backoff import Backoff
 from pagebus.cli.errors import CommandError, ExitCode
-from pagebus.cli.port import ReservedPort
+from pagebus.cli.port import LISTEN_VARIABLE, SharedListener
 from pagebus.cli.processes import ServiceProcess, service_command
 from pagebus.cli.ready import Capacity, Readiness, ask, curl_command
+from pagebus.cli.restarting import Request, Restarts, needs_room
+from pagebus.cli.rolling import replace_all
 from pagebus.cli.services import NATS_VARIABLE
 from pagebus.settings.load import CONFIG_VARIABLE, to_environment
 from pagebus.settings.options import SERVICES, options
@@ -27,8 +29,7 @@ from pagebus.settings.structs import ServeSettings
 
 log = logging.getLogger("pagebus.cli.launcher")
 
-_DRAIN_S = 30.0  # a gateway lets its streams end within 25 s
-_GRACE_S = 8.0
+_AFTER_DRAIN_S = 5.0  # what a process may take beyond its own drain timeout before it is killed
 _POLL_S = 0.05
 
 
@@ -66,20 +67,17 @@ class OwnBus:
         return 0
 
     def url(self, role: str) -> str:
-        """The same for every role but a client, which is told no password."""
-        if role != "client":
-            return self._url
-        scheme, _, rest = self._url.rpartition("://")
-        return f"{scheme or 'nats'}://{rest.rpartition('@')[2]}"
+        """The same for every role but a client, which is told no password; several servers with commas."""
+        return self._url if role != "client" else ",".join(map(_without_password, self._url.split(",")))
 
 
 class Launcher:
     """One run of `pagebus serve`."""
 
-    def __init__(self, settings: ServeSettings, reserved: ReservedPort) -> None:
-        """`settings` name a model's directory and the port that is reserved."""
+    def __init__(self, settings: ServeSettings, listener: SharedListener) -> None:
+        """`settings` name a model's directory and the port of `listener`, which gateways inherit."""
         self._settings = settings
-        self._reserved = reserved
+        self._listener = listener
         self._processes: list[ServiceProcess] = []
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -91,18 +89,28 @@ class Launcher:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._on_signal)
+        restarts = Restarts(status_file.runtime_dir(), self._listener.port)
+        loop.add_signal_handler(signal.SIGUSR1, restarts.on_signal)
         with tempfile.TemporaryDirectory(prefix="pagebus-") as directory:
             bus = _bus()
             await bus.start()
             watch = asyncio.create_task(self._keep_bus(bus), name="watch nats-server")
             announce = asyncio.create_task(self._announce(bus), name="announce")
+            tasks = [watch, announce]
             try:
                 await self._start(bus, Path(directory))
+
+                async def restart(request: Request, tell: Callable[[str], None]) -> str:
+                    return await self._restart(request, bus, Path(directory), tell)
+
+                tasks.append(asyncio.create_task(restarts.serve(restart), name="restarts"))
                 await self._stop.wait()
             finally:
-                for task in (announce, watch):
+                self._listener.close()  # the gateways' copies close when they drain
+                for task in tasks:
                     task.cancel()
-                await asyncio.gather(announce, watch, return_exceptions=True)
+                await asyncio.gather(*tasks, return_exceptions=True)
+                restarts.forget()
                 self._forget_status()
                 await self._stop_all()
                 await bus.stop()
@@ -118,14 +126,51 @@ class Launcher:
         }
         for role, count in counts.items():
             for number in range(1, count + 1):
-                environment = service_environment(role, number, self._settings, bus.url(role))
-                process = ServiceProcess(
-                    role, number, service_command(role), environment, directory, self._on_fatal
-                )
+                process = self._make(role, number, bus, directory, self._on_fatal)
                 self._processes.append(process)
                 await process.start()
                 if self._stop.is_set():
                     return
+
+    def _make(
+        self,
+        role: str,
+        number: int,
+        bus: BusServer,
+        directory: Path,
+        on_fatal: Callable[[str], None],
+        generation: int = 1,
+    ) -> ServiceProcess:
+        environment = service_environment(role, number, self._settings, bus.url(role), generation)
+        pass_fds: tuple[int, ...] = ()
+        if role == "gateway":
+            pass_fds = (self._listener.fd,)
+            environment[LISTEN_VARIABLE] = str(self._listener.fd)
+        return ServiceProcess(
+            role,
+            number,
+            service_command(role),
+            environment,
+            directory,
+            on_fatal,
+            pass_fds=pass_fds,
+            generation=generation,
+        )
+
+    async def _restart(
+        self, request: Request, bus: BusServer, directory: Path, tell: Callable[[str], None]
+    ) -> str:
+        """Replace every process, one after the other; why that went wrong, or ""."""
+        alone = set()
+        if request.overlap is False or (request.overlap is None and needs_room(self._settings)):
+            alone = {"executor"}
+
+        def make(old: ServiceProcess, on_fatal: Callable[[str], None]) -> ServiceProcess:
+            return self._make(old.role, old.number, bus, directory, on_fatal, old.generation + 1)
+
+        return await replace_all(
+            self._processes, make, tell, alone, grace_s=self._settings.drain_timeout_s + _AFTER_DRAIN_S
+        )
 
     async def _keep_bus(self, bus: BusServer) -> None:
         backoff = Backoff()
@@ -146,13 +191,13 @@ class Launcher:
         readiness = Readiness(0)
         while readiness.status != 200:
             await asyncio.sleep(_POLL_S)
-            readiness = await ask(self._reserved.host, self._reserved.port)
+            readiness = await ask(self._listener.host, self._listener.port)
         for process in self._processes:
             process.is_settled = True
         capacity = readiness.capacity or Capacity(0, 0, 0)
         nats_url = bus.url("client")
         self._write_status(nats_url, capacity)
-        url, settings = self._reserved.url, self._settings
+        url, settings = self._listener.url, self._settings
         print(
             f"pagebus is ready at {url} with {settings.model_name}: {capacity.words()};"
             f" NATS clients at {nats_url}; try\n"
@@ -165,7 +210,7 @@ class Launcher:
             pid=os.getpid(),
             version=_version(),
             model=self._settings.model_name,
-            url=self._reserved.url,
+            url=self._listener.url,
             nats_url=nats_url,
             num_kv_tokens=capacity.num_tokens,
             max_model_len=capacity.max_model_len,
@@ -174,7 +219,7 @@ class Launcher:
             schedulers=self._settings.schedulers,
         )
         try:
-            self._status_file = status_file.write(status_file.runtime_dir(), self._reserved.port, status)
+            self._status_file = status_file.write(status_file.runtime_dir(), self._listener.port, status)
         except OSError as error:
             log.warning("no status file for tools", extra={"error": str(error)})
 
@@ -187,7 +232,9 @@ class Launcher:
         hurry = asyncio.create_task(self._hurry.wait(), name="hurry")
         for role in ("gateway", "executor", "scheduler"):
             ending = [
-                asyncio.create_task(process.stop(_DRAIN_S if role == "gateway" else _GRACE_S))
+                asyncio.create_task(
+                    process.stop(self._settings.drain_timeout_s + _AFTER_DRAIN_S, is_last=True)
+                )
                 for process in self._processes
                 if process.role == role
             ]
@@ -212,14 +259,18 @@ class Launcher:
         self._stop.set()
 
 
-def service_environment(role: str, number: int, settings: ServeSettings, nats_url: str) -> dict[str, str]:
+def service_environment(
+    role: str, number: int, settings: ServeSettings, nats_url: str, generation: int = 1
+) -> dict[str, str]:
     """The environment of one service: its settings as variables, its own credentials, nothing on its argv."""
     own = {option.variable for option in options(SERVICES[role])}
     known = {option.variable for option in options(ServeSettings)} | {CONFIG_VARIABLE, NATS_VARIABLE}
+    known |= {LISTEN_VARIABLE, "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"}
     environment = {key: value for key, value in os.environ.items() if key not in known}
     given = {key: value for key, value in to_environment(settings).items() if key in own}
     if settings.name:
-        given["PAGEBUS_NAME"] = f"{settings.name}-{role}-{number}"
+        replaced = "" if generation == 1 else f"-{generation}"  # both are on the bus for a moment
+        given["PAGEBUS_NAME"] = f"{settings.name}-{role}-{number}{replaced}"
     return (
         environment
         # The model is in a local directory by now: nothing that loads it needs to ask the hub.
@@ -227,6 +278,11 @@ def service_environment(role: str, number: int, settings: ServeSettings, nats_ur
         | given
         | {NATS_VARIABLE: nats_url}
     )
+
+
+def _without_password(url: str) -> str:
+    scheme, _, rest = url.strip().rpartition("://")
+    return f"{scheme or 'nats'}://{rest.rpartition('@')[2]}"
 
 
 def _bus() -> BusServer:

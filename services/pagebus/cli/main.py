@@ -47,6 +47,12 @@ def _status(arguments: Sequence[str]) -> int:
     return status(arguments)
 
 
+def _restart(arguments: Sequence[str]) -> int:
+    from pagebus.cli.restart import restart
+
+    return restart(arguments)
+
+
 def _bench(arguments: Sequence[str]) -> int:
     from pagebus.cli.bench import bench
 
@@ -59,6 +65,7 @@ COMMANDS = {
     "scheduler": Command("one scheduler on the bus at NATS_URL: batches and KV blocks", _scheduler),
     "executor": Command("one executor on the bus at NATS_URL: tensors", _executor),
     "status": Command("what runs on this machine, and where", _status),
+    "restart": Command("replace every service of a running serve, one after the other", _restart),
     "bench": Command("benchmarks; pagebus bench --help lists them", _bench),
 }
 

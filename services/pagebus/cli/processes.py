@@ -20,6 +20,7 @@ from pagebus.cli.lifeline import LAUNCHER_VARIABLE
 
 log = logging.getLogger("pagebus.cli.processes")
 
+READY_VARIABLE = "PAGEBUS_READY_FILE"
 _MOST_FAILURES_AT_START = 5
 
 
@@ -40,23 +41,32 @@ class ServiceProcess:
         environment: Mapping[str, str],
         directory: Path,
         on_fatal: Callable[[str], None],
+        *,
+        pass_fds: Sequence[int] = (),
+        generation: int = 1,
     ) -> None:
         """`command` starts it in `environment`; nothing secret stands in a command line.
 
-        `directory` takes the file with which the process says why its model cannot be served.
+        `directory` takes the files with which the process says that it is ready, or why its model cannot be
+        served. `pass_fds`: open files that it inherits. `generation` tells it from one that it replaces.
 
         `on_fatal(sentence)` is called once when starting it again is of no use.
         """
         self.role = role
         self.label = f"{role}-{number}"
         self.is_settled = False  # set once all was ready: from then on it is restarted for ever
-        self._fault_file = directory / f"{self.label}.fault"
+        self.number = number
+        self.generation = generation
+        self._fault_file = directory / f"{self.label}.{generation}.fault"
+        self._ready_file = directory / f"{self.label}.{generation}.ready"
         self._command = list(command)
         self._environment = {
             **environment,
             LAUNCHER_VARIABLE: str(os.getpid()),
             FAULT_VARIABLE: str(self._fault_file),
+            READY_VARIABLE: str(self._ready_file),
         }
+        self._pass_fds = tuple(pass_fds)
         self._on_fatal = on_fatal
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
@@ -66,6 +76,11 @@ class ServiceProcess:
     def pid(self) -> int | None:
         """The process's id while it runs."""
         return self._process.pid if self._process and self._process.returncode is None else None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the running process has said that it does its part."""
+        return self.pid is not None and self._ready_file.exists()
 
     async def start(self) -> None:
         """Start it and watch it from now on."""
@@ -80,10 +95,12 @@ class ServiceProcess:
             self._on_fatal(f"the {self.role} can no longer be watched: {error}")
 
     async def _spawn(self) -> None:
+        self._ready_file.unlink(missing_ok=True)
         self._process = await asyncio.create_subprocess_exec(
             *self._command,
             env=self._environment,
             stdin=asyncio.subprocess.DEVNULL,
+            pass_fds=self._pass_fds,
             start_new_session=True,  # the terminal's Ctrl-C is the launcher's to handle
         )
 
@@ -114,10 +131,10 @@ class ServiceProcess:
             if self._stopping.is_set():  # meanwhile
                 self.kill()
 
-    async def stop(self, grace_s: float) -> None:
-        """Ask it to end, wait for `grace_s`, then kill it."""
+    async def stop(self, grace_s: float, *, is_last: bool = False) -> None:
+        """Ask it to end, wait for `grace_s`, then kill it. `is_last`: nobody does its part afterwards."""
         self._stopping.set()
-        self._signal(signal.SIGTERM)
+        self._signal(signal.SIGINT if is_last else signal.SIGTERM)
         if self._process is not None:
             try:
                 await asyncio.wait_for(self._process.wait(), grace_s)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pagebus.cli.configured import configured, model_directory
 from pagebus.cli.errors import ExitCode
-from pagebus.cli.port import ReservedPort
+from pagebus.cli.port import SharedListener
 from pagebus.settings.structs import ServeSettings
 from pagebus.telemetry import logs
 
@@ -18,16 +18,15 @@ def serve(arguments: Sequence[str]) -> int:
     if settings is None:
         return ExitCode.OK
     logs.configure("serve", settings.log_level)
-    with contextlib.closing(ReservedPort(settings.host, settings.port)) as reserved:
+    with contextlib.closing(SharedListener(settings.host, settings.port)) as listener:
         path = model_directory(settings, ExitCode.FAILED)
         # The processes get a directory and a port that are known to be good, and the name that was asked for.
         resolved = dataclasses.replace(
             settings,
             model=str(path),
             served_model_name=settings.served_model_name or (settings.model_name,),
-            port=reserved.port,
-            reuse_port=True,
+            port=listener.port,
         )
         from pagebus.cli.launcher import Launcher
 
-        return asyncio.run(Launcher(resolved, reserved).run())
+        return asyncio.run(Launcher(resolved, listener).run())

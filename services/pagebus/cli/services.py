@@ -21,6 +21,8 @@ from pagebus.cli.configured import configured
 from pagebus.cli.errors import CommandError, ExitCode
 from pagebus.cli.faults import end_for_model
 from pagebus.cli.lifeline import die_with_launcher, is_launched
+from pagebus.cli.port import inherited_listener
+from pagebus.cli.processes import READY_VARIABLE
 from pagebus.settings.model_files import ModelFilesError, resolve_model
 from pagebus.settings.structs import (
     CommonSettings,
@@ -39,7 +41,15 @@ _LOWER_PRIORITY = 5
 _FEW_COLLECTIONS = (100_000, 20, 50)
 _NOT_PART = re.compile(r"[^A-Za-z0-9_-]+")
 
-Work = Callable[[Bus, str, asyncio.Event], Awaitable[None]]
+
+class Stop(asyncio.Event):
+    """Set when the process is to drain and end."""
+
+    is_last = False
+    """Ended by hand (SIGINT): nobody takes its place, and nobody needs to be sent there."""
+
+
+Work = Callable[[Bus, str, Stop], Awaitable[None]]
 """A service's `run` with its settings filled in: bus, instance name, stop."""
 
 
@@ -51,14 +61,25 @@ def gateway(arguments: Sequence[str]) -> int:
     _begin("gateway", settings)
     path = _model_directory(settings)
 
-    async def work(bus: Bus, name: str, stop: asyncio.Event) -> None:
+    async def work(bus: Bus, name: str, stop: Stop) -> None:
         from pagebus.gateway.service import run
         from pagebus.gateway.text_errors import TokenizerLoadError
         from pagebus.telemetry import tracing
 
         traces = tracing.create("pagebus-gateway", name, settings.otlp_traces_endpoint)
         try:
-            await run(settings, bus, path, name, stop, traces, reuse_port=settings.reuse_port)
+            await run(
+                settings,
+                bus,
+                path,
+                name,
+                stop,
+                traces,
+                reuse_port=settings.reuse_port,
+                listener=inherited_listener(),
+                on_ready=say_ready,
+                is_last=lambda: stop.is_last,
+            )
         except TokenizerLoadError as error:
             raise end_for_model(str(error)) from error
         except OSError as error:
@@ -80,13 +101,13 @@ def scheduler(arguments: Sequence[str]) -> int:
         return ExitCode.OK
     _begin("scheduler", settings)
 
-    async def work(bus: Bus, name: str, stop: asyncio.Event) -> None:
+    async def work(bus: Bus, name: str, stop: Stop) -> None:
         from pagebus.scheduler.service import run
         from pagebus.telemetry import tracing
 
         traces = tracing.create("pagebus-scheduler", name, settings.otlp_traces_endpoint)
         try:
-            await run(settings, bus, name, stop, traces.record if traces else None)
+            await run(settings, bus, name, stop, traces.record if traces else None, on_ready=say_ready)
         finally:
             if traces:
                 await asyncio.to_thread(traces.close)
@@ -103,16 +124,24 @@ def executor(arguments: Sequence[str]) -> int:
     gc.set_threshold(*_FEW_COLLECTIONS)
     path = _model_directory(settings)
 
-    async def work(bus: Bus, name: str, stop: asyncio.Event) -> None:
+    async def work(bus: Bus, name: str, stop: Stop) -> None:
         from pagebus.executor.errors import ModelError
         from pagebus.executor.service import run
 
         try:
-            await run(settings, bus, path, name, stop)
+            await run(settings, bus, path, name, stop, on_ready=say_ready)
         except ModelError as error:
             raise end_for_model(str(error)) from error
 
     return _run("executor", settings, work)
+
+
+def say_ready() -> None:
+    """Tell the launcher, if there is one, that this process does its part from now on."""
+    name = os.environ.get(READY_VARIABLE, "")
+    if name:
+        with contextlib.suppress(OSError):
+            Path(name).touch()
 
 
 def instance_name(role: str, given: str) -> str:
@@ -175,10 +204,10 @@ def _new_event_loop() -> asyncio.AbstractEventLoop:
 async def _connected(role: str, url: str, name: str, work: Work) -> None:
     from pagebus.bus.nats_bus import NatsBus
 
-    stop = asyncio.Event()
+    stop = Stop()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _ask_to_stop, stop)
+        loop.add_signal_handler(number, _ask_to_stop, stop, number)
     connecting = asyncio.create_task(NatsBus.connect(url, name=name), name="connect")
     stopping = asyncio.create_task(stop.wait(), name="stop")
     await asyncio.wait((connecting, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -191,7 +220,7 @@ async def _connected(role: str, url: str, name: str, work: Work) -> None:
         bus = connecting.result()
     except (BusError, ValueError) as error:
         raise CommandError(f"{NATS_VARIABLE}: {error}") from None
-    alive = asyncio.create_task(_show_life(bus), name="show life")
+    alive = asyncio.create_task(_show_life(), name="show life")
     try:
         log.debug("started", extra={"instance": name, "role": role})
         await work(bus, name, stop)
@@ -201,19 +230,23 @@ async def _connected(role: str, url: str, name: str, work: Work) -> None:
             await bus.close()
 
 
-async def _show_life(bus: Bus) -> None:
-    """Touch the file that a container's health check looks at, each second while the bus is connected."""
+async def _show_life() -> None:
+    """Touch the file that a container's health check looks at, each second while the loop turns.
+
+    Not more: a bus that is away comes back, and a restart would only cut connections; an executor whose step
+    hangs ends itself.
+    """
     name = os.environ.get(ALIVE_VARIABLE, "")
     while name:
-        if bus.is_connected:
-            with contextlib.suppress(OSError):
-                os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600))
-                os.utime(name)
+        with contextlib.suppress(OSError):
+            os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600))
+            os.utime(name)
         await asyncio.sleep(1.0)
 
 
-def _ask_to_stop(stop: asyncio.Event) -> None:
+def _ask_to_stop(stop: Stop, number: int) -> None:
     """The first signal asks; the second does not wait."""
     if stop.is_set():
         os._exit(ExitCode.INTERRUPTED)
+    stop.is_last = number == signal.SIGINT
     stop.set()

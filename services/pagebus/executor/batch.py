@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from pagebus.bus.messages import Logprobs, PoolGroup, Sampling
+from pagebus.executor.pulse import Pulse
 
 
 @dataclass(slots=True)
@@ -59,6 +60,10 @@ class Runner(Protocol):
     @property
     def max_model_len(self) -> int:
         """Longest sequence in tokens that the model itself allows."""
+
+    @property
+    def pulse(self) -> Pulse:
+        """Advanced with each part of a step (a layer) that is computed."""
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Copy whole blocks, in order, before the next step."""

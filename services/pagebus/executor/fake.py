@@ -4,6 +4,7 @@ A stale block, a lost token or a wrong row changes all that follows. `fake_seque
 without pages, tables or steps, so that tests know what to expect. Knows no torch.
 """
 
+import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from pagebus.bus.messages import PoolGroup, Sampling
 from pagebus.executor.batch import BlockCopy, RowInput, RowOutput
+from pagebus.executor.pulse import Pulse
 from pagebus.settings.structs import ExecutorSettings
 
 BLOCK_SIZE = 16
@@ -32,9 +34,12 @@ class FakeModel:
     end_probability: float = 0.0
     windows: tuple[int | None, ...] = (None,)
 
-    def next_id(self, digests: Iterable[int], sampling: Sampling, choice: int, index: int) -> int:
-        """The id that follows a sequence with these digests, one a KV group."""
-        state = 0
+    def next_id(
+        self, digests: Iterable[int], sampling: Sampling, choice: int, index: int, history: int = 0
+    ) -> int:
+        """The id that follows a sequence with these digests, one a KV group. `history` is the digest of what
+        penalties look at; it matters where there are any."""
+        state = _mix(history) if has_penalties(sampling) else 0
         for digest in digests:
             state = _mix(state ^ digest)
         if sampling.temperature > 0:
@@ -44,6 +49,11 @@ class FakeModel:
             return self.end_id
         made = state % (self.vocab_size - 1)
         return made + (made >= self.end_id)
+
+
+def has_penalties(sampling: Sampling) -> bool:
+    """Whether the ids so far matter to the fake model beyond what its pages hold."""
+    return bool(sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0)
 
 
 def _mix(word: int) -> int:
@@ -76,13 +86,15 @@ def fake_sequence(
         powers.append(powers[-1] * _BASE & _MASK)
     terms = [(token + 1) * power & _MASK for token, power in zip(ids, powers, strict=False)]
     digests = [sum(terms if w is None else terms[-w:]) & _MASK for w in model.windows]
+    history = sum(terms) & _MASK
     made: list[int] = []
     while len(made) < num_ids:
         index = len(received) + len(made)
-        made.append(model.next_id(digests, sampling, choice, index))
+        made.append(model.next_id(digests, sampling, choice, index, history))
         if made[-1] in stops and index + 1 >= min_tokens:
             break
         terms.append((made[-1] + 1) * powers[len(terms)] & _MASK)
+        history = (history + terms[-1]) & _MASK
         for group, window in enumerate(model.windows):
             gone = terms[-window - 1] if window is not None and len(terms) > window else 0
             digests[group] = (digests[group] + terms[-1] - gone) & _MASK
@@ -103,6 +115,7 @@ class FakeRunner:
         self.model = model
         self.step_time_s = step_time_s
         self.num_steps = 0
+        self.pulse = Pulse()
         self._max_model_len = max_model_len
         self._pool = tuple(
             PoolGroup(num_blocks=num_blocks, block_size=BLOCK_SIZE, window=w) for w in self.model.windows
@@ -139,7 +152,9 @@ class FakeRunner:
         for row, output in zip(rows, outputs, strict=True):
             if output.error is None and row.is_sampled:
                 digests = [self._digest(row, group) for group in range(len(self._pool))]
-                output.id = self.model.next_id(digests, row.sampling, row.choice, row.index)
+                output.id = self.model.next_id(
+                    digests, row.sampling, row.choice, row.index, self._history_of(row)
+                )
         return outputs
 
     def _flaw_of(self, row: RowInput) -> str | None:
@@ -165,6 +180,12 @@ class FakeRunner:
             blocks = np.asarray(table)[positions // BLOCK_SIZE]
             pages[blocks, positions % BLOCK_SIZE] = ids
 
+    def _history_of(self, row: RowInput) -> int:
+        if not has_penalties(row.sampling):
+            return 0
+        words = np.asarray(row.history).astype(np.uint64) + np.uint64(1)
+        return int(np.dot(words, self._powers[: len(words)]))
+
     def _digest(self, row: RowInput, group: int) -> int:
         window = self._pool[group].window
         end = row.start + len(row.ids)
@@ -176,5 +197,8 @@ class FakeRunner:
 
 
 def build_fake_runner(settings: ExecutorSettings) -> FakeRunner:
-    """The fake model as `--fake` serves it."""
-    return FakeRunner(max_model_len=settings.max_model_len or 32768)
+    """The fake model as `--fake` serves it; with faults where the environment asks for them."""
+    from pagebus.executor.fake_faults import faulty_runner  # which builds on this module
+
+    max_model_len = settings.max_model_len or 32768
+    return faulty_runner(max_model_len, os.environ) or FakeRunner(max_model_len=max_model_len)

@@ -50,6 +50,7 @@ class View(NamedTuple):
     handles: bytes
     has_gap: bool
     lives: frozenset[str]
+    num_live: int = 0  # rows that are not over
 
 
 class PlanState:
@@ -90,6 +91,7 @@ class PlanState:
             handles=pack_handles(sorted(self._rows)),
             has_gap=is_behind or self._misses_plan or self._needs_snapshot,
             lives=frozenset(row.start.life for row in self._rows.values() if row.start.life),
+            num_live=sum(not row.is_over for row in self._rows.values()),
         )
 
     @property
@@ -101,6 +103,11 @@ class PlanState:
     def live_choices(self) -> list[tuple[str, int]]:
         """(request id, choice) of each row that is not over; by the rules of plans no two are the same."""
         return [(row.start.request_id, row.start.choice) for row in self._rows.values() if not row.is_over]
+
+    @property
+    def live_rows(self) -> list[Row]:
+        """Rows that are not over, to be looked at only."""
+        return [row for row in self._rows.values() if not row.is_over]
 
     @property
     def num_steps_left(self) -> int:
@@ -322,6 +329,14 @@ class PlanState:
             if row.start.life in lives and not row.is_over:
                 row.error = "nobody listens"
                 self._failures.append(RowFailure(row, "nobody listens", "nobody_listens", is_retryable=True))
+
+    def hand_over(self) -> None:
+        """This executor stops: what is not over goes on elsewhere."""
+        self._lease.clear()
+        for row in self._rows.values():
+            if not row.is_over:
+                row.error = "the executor is stopping"
+                self._failures.append(RowFailure(row, row.error, "executor_draining", is_retryable=True))
 
     def _fail(self, row: Row, message: str) -> None:
         if not row.is_over:

@@ -13,17 +13,19 @@ import torch
 from torch import nn
 
 from pagebus.bus.messages import Logprobs, PoolGroup
-from pagebus.executor.attention import AttentionCall, answering
+from pagebus.executor.attention import AttentionCall, FusedCall, answering
 from pagebus.executor.batch import BlockCopy, RowInput, RowOutput
-from pagebus.executor.errors import ModelError
-from pagebus.executor.kv_cache import PagedCache, needs_of
+from pagebus.executor.errors import BrokenModelError, ModelError
+from pagebus.executor.kv_cache import Cache, needs_of
 from pagebus.executor.linears import padded_size
 from pagebus.executor.loader import LoadedModel, load_model
 from pagebus.executor.logits_processors import flaw_of
 from pagebus.executor.logprobs import describe, describe_each, joined
 from pagebus.executor.memory import blocks_of_groups, keep_freed_memory, num_physical_cores
+from pagebus.executor.pulse import Pulse
 from pagebus.executor.sampling import sample
 from pagebus.executor.scan import Scan, scan
+from pagebus.executor.torch_cache import PagedCache
 from pagebus.kernels.kv_write import BLOCK_SIZE
 from pagebus.kernels.paged_attention import RowSpan
 from pagebus.settings.structs import ExecutorSettings
@@ -50,7 +52,8 @@ class ModelRunner:
     def __init__(self, loaded: LoadedModel, num_blocks: Sequence[int]) -> None:
         self._loaded = loaded
         self._device = loaded.device
-        self._cache = PagedCache(loaded.specs, num_blocks, loaded.dtype, loaded.device)
+        self.pulse = Pulse()
+        self._cache = make_cache(loaded, num_blocks, self.pulse)
         self._is_finite = torch.empty(0, dtype=torch.bool)
         self._hidden: object = None  # the body's output in this step
         base = loaded.model.base_model
@@ -77,16 +80,25 @@ class ModelRunner:
         good = [i for i, output in enumerate(outputs) if output.error is None]
         if not good:
             return outputs
+        try:
+            self._compute(rows, good, outputs)
+        except torch.AcceleratorError as error:  # the device's context is lost: all that follows fails too
+            raise BrokenModelError(f"{type(error).__name__}: {error}") from error
+        finally:
+            self._hidden = None
+        return outputs
+
+    def _compute(self, rows: Sequence[RowInput], good: list[int], outputs: list[RowOutput]) -> None:
+        """The three beats, for the rows `good`."""
         batch = self._prepare(rows, good)
         sampled = [n for n, i in enumerate(batch.rows) if rows[i].is_sampled]
         logits = self._forward(batch, [batch.last[n] for n in sampled])
+        self.pulse.beat()
         self._fail_broken(rows, batch, outputs)
         for i, last in zip(batch.rows, batch.last, strict=True):
             if rows[i].sampling.num_prompt_logprobs is not None and outputs[i].error is None:
                 self._tell_prompt(rows[i], batch, last + 1 - len(rows[i].ids), outputs[i])
         self._sample(rows, [batch.rows[n] for n in sampled], logits, outputs)
-        self._hidden = None
-        return outputs
 
     def logits(self, rows: Sequence[RowInput]) -> torch.Tensor:
         """As `step`, but the logits after each row's last id, [rows, vocabulary]. Raises on a bad row."""
@@ -147,10 +159,11 @@ class ModelRunner:
 
     def _forward(self, batch: _Batch, wanted: list[int]) -> torch.Tensor:
         """Beat two: the logits after the flat tokens `wanted`, float [len(wanted), vocabulary]."""
-        steps = self._cache.plan(batch.spans)
+        answer = self._cache.answer(batch.spans, batch.ids.shape[1])
 
-        def attend(call: AttentionCall) -> torch.Tensor:
-            return self._cache.attend(call, steps)
+        def attend(call: AttentionCall | FusedCall) -> torch.Tensor:
+            self.pulse.beat()  # a layer begins: the one before it is computed, or at least launched
+            return answer(call)
 
         with answering(attend):
             return self._call(batch, wanted)
@@ -205,6 +218,7 @@ class ModelRunner:
         told: list[Logprobs] = []
         for at in range(0, len(ids), self._num_at_once):
             some = ids[at : at + self._num_at_once]
+            self.pulse.beat()
             tokens = range(first + at, first + at + len(some))
             scanned = scan(self._more_logits(batch, list(tokens)).float())
             if min(some) < 0 or max(some) >= scanned.vocabulary:
@@ -238,6 +252,22 @@ class ModelRunner:
             else:
                 outputs[i].id = made.ids[n]
         _tell(scanned, [rows[i] for i in sampled], [outputs[i] for i in sampled])
+
+
+def make_cache(loaded: LoadedModel, num_blocks: Sequence[int], pulse: Pulse) -> Cache:
+    """The model's pages, of `num_blocks` in each KV group, as its device attends to them best.
+
+    `pulse` is told while a kernel is compiled at its first launch.
+    """
+    if loaded.device.type == "cuda":
+        from pagebus.kernels.jit import HAS_TRITON, on_compiling  # slow to import, and a CPU does without
+
+        if HAS_TRITON:
+            from pagebus.executor.triton_cache import TritonCache
+
+            on_compiling(pulse.tell_compiling)
+            return TritonCache(loaded.specs, num_blocks, loaded.dtype, loaded.device)
+    return PagedCache(loaded.specs, num_blocks, loaded.dtype, loaded.device)
 
 
 class _Given(nn.Module):

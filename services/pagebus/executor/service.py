@@ -10,11 +10,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 from pagebus.bus import subjects
 from pagebus.bus.messages import (
     DecodeError,
+    ExecutorPhase,
     Heartbeat,
     Hello,
     Message,
@@ -32,11 +32,13 @@ from pagebus.bus.protocol import (
     Subscription,
 )
 from pagebus.executor.batch import Runner
+from pagebus.executor.endings import Endings
 from pagebus.executor.fake import build_fake_runner
-from pagebus.executor.lease import View
 from pagebus.executor.liveness import Answer, Probes
 from pagebus.executor.reports import REPEAT_INTERVAL_S, Outbox, Report
 from pagebus.executor.step_loop import Acknowledge, Event, HelloWanted, Ready, Stopped
+from pagebus.executor.steps import MakeSteps
+from pagebus.executor.watchdog import INTERVAL_S, Watchdog, end_process
 from pagebus.executor.worker import Worker
 from pagebus.settings.structs import ExecutorSettings
 
@@ -46,7 +48,9 @@ HELLO_INTERVAL_S = 1.0
 HELLO_SPACING_S = 0.05  # many plans after one gap ask for one snapshot, not for many
 PROBE_INTERVAL_S = 0.5
 PROBE_TIMEOUT_S = 0.4
-DRAIN_TIMEOUT_S = 2.0
+LAST_STEP_S = 2.0
+"""How long the end waits for a step under way, and then for what is not sent."""
+DRAIN_POLL_S = 0.02
 # The default of 5 ms is as long as a step: a thread that wants the interpreter back would wait for it.
 SWITCH_INTERVAL_S = 1e-4
 
@@ -62,43 +66,6 @@ def build(settings: ExecutorSettings, path: Path) -> Runner:
     return build_runner(settings, path)
 
 
-class Steps(Protocol):
-    """Runs a model's steps. Events go to the callback that it was made with, in order and on the loop."""
-
-    @property
-    def view(self) -> View:
-        """The state after the last command."""
-
-    def start(self) -> None:
-        """Build the model; `Ready` follows."""
-
-    def take_plan(self, plan: Plan) -> None:
-        """Hand over a plan; it is applied after the running step."""
-
-    def hear(self, epoch: int) -> None:
-        """A leader of this epoch was heard."""
-
-    def end_requesters(self, lives: frozenset[str]) -> None:
-        """Nobody listens on these life subjects any more."""
-
-    def stop(self) -> None:
-        """Finish the running step, then end; `Stopped` follows."""
-
-
-class MakeSteps(Protocol):
-    """`Worker`, or what stands for it."""
-
-    def __call__(
-        self,
-        executor: str,
-        build: Callable[[], Runner],
-        on_event: Callable[[Event], None],
-        *,
-        loop: asyncio.AbstractEventLoop,
-    ) -> Steps:
-        """Make it; nothing runs before `start`."""
-
-
 async def run(
     settings: ExecutorSettings,
     bus: Bus,
@@ -109,15 +76,21 @@ async def run(
     build: Build = build,
     clock: Callable[[], float] = time.monotonic,
     make_steps: MakeSteps = Worker,
+    on_ready: Callable[[], None] = lambda: None,
+    on_hang: Callable[[], None] = end_process,
 ) -> None:
-    """Serve until `stop`; then the running step is finished and sent. Raises what `build` raises.
+    """Serve until `stop`, then drain: rows end, or are handed over, within `settings.drain_timeout_s`.
 
-    `make_steps` gives what runs the steps: a thread of its own, or, in a simulation, timers.
+    Raises what `build` raises, and `BrokenModelError`. `make_steps` gives what runs the steps: a thread of
+    its own, or, in a simulation, timers. `on_ready` is called when a scheduler has taken it in, `on_hang`
+    where a step makes no progress for `settings.watchdog_s`.
     """
     switch_interval_s = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
-        await _Service(settings, bus, path, name, build, clock, make_steps).serve(stop)
+        service = _Service(settings, bus, path, name, build, clock, make_steps)
+        service.on_ready, service.on_hang = on_ready, on_hang
+        await service.serve(stop)
     finally:
         sys.setswitchinterval(switch_interval_s)
 
@@ -156,10 +129,14 @@ class _Service:
         self._ready: Ready | None = None
         self._worker_error: BaseException | None = None
         self._outbox = Outbox()
+        self._endings = Endings()
         self._outgoing: asyncio.Queue[tuple[str, Message]] = asyncio.Queue()
         self._hello_wanted = asyncio.Event()
         self._last_done: StepDone | None = None
         self._num_unsent = 0
+        self._is_draining = self._is_known = False
+        self.on_ready: Callable[[], None] = lambda: None
+        self.on_hang: Callable[[], None] = end_process
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Load, subscribe, serve, drain: in this order."""
@@ -167,7 +144,7 @@ class _Service:
         subscriptions: list[Subscription] = []
         stopping = asyncio.create_task(_until(stop))
         try:
-            await asyncio.wait({stopping, self._loaded, self._stopped}, return_when=asyncio.FIRST_COMPLETED)
+            await self._load(stopping)
             ready = self._ready
             if ready is None:
                 self._raise_worker_error()
@@ -177,15 +154,15 @@ class _Service:
             subscriptions.append(await self._bus.subscribe(heartbeats, self._on_heartbeat))
             self._bus.on_reconnect(self._on_reconnect)
             self._hello_wanted.set()
+            works = (self._publish(), self._greet(ready), self._repeat(), self._probe(), self._watch())
             async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(work)
-                    for work in (self._publish(), self._greet(ready), self._repeat(), self._probe())
-                ]
+                tasks = [group.create_task(work) for work in works]
                 await asyncio.wait({stopping, self._stopped}, return_when=asyncio.FIRST_COMPLETED)
                 await self._drain()
                 for task in tasks:
                     task.cancel()
+            if self._worker_error is None:  # else it died, perhaps of what it ran: it must look like that
+                await self._send(self._hello_subject, self._hello(ready, "left"))
         finally:
             stopping.cancel()
             self._worker.stop()
@@ -193,13 +170,36 @@ class _Service:
                 await subscription.unsubscribe()
         self._raise_worker_error()
 
+    async def _load(self, stopping: asyncio.Task[None]) -> None:
+        """Say each second that the model loads, until it is there, or never will be."""
+        ends = {stopping, self._loaded, self._stopped}
+        while not any(end.done() for end in ends):
+            await self._send(self._hello_subject, self._hello(None, "loading"))
+            await asyncio.wait(ends, timeout=HELLO_INTERVAL_S, return_when=asyncio.FIRST_COMPLETED)
+
     async def _drain(self) -> None:
+        """Rows end or leave; what is left after the grace period is told to go on elsewhere; then the end."""
+        self._is_draining = True
+        self._hello_wanted.set()
+        await self._until_empty(self._settings.drain_timeout_s)
+        if self._worker.view.num_live:
+            self._worker.hand_over()
+            await self._until_empty(LAST_STEP_S)
         self._worker.stop()
-        await self._stopped
+        await asyncio.wait({self._stopped}, timeout=LAST_STEP_S)
         try:
-            await asyncio.wait_for(self._outgoing.join(), DRAIN_TIMEOUT_S)
+            await asyncio.wait_for(self._outgoing.join(), LAST_STEP_S)
         except TimeoutError:
             _log.warning("%d messages were not sent before the end", self._outgoing.qsize())
+        await self._wait_for(lambda: not len(self._outbox), 2 * REPEAT_INTERVAL_S)
+
+    async def _until_empty(self, timeout_s: float) -> None:
+        await self._wait_for(lambda: self._stopped.done() or not self._worker.view.num_live, timeout_s)
+
+    async def _wait_for(self, condition: Callable[[], bool], timeout_s: float) -> None:
+        end_s = self._clock() + timeout_s
+        while not condition() and self._clock() < end_s:  # noqa: ASYNC110 - a thread's state
+            await asyncio.sleep(DRAIN_POLL_S)
 
     def _raise_worker_error(self) -> None:
         error = self._worker_error
@@ -220,8 +220,10 @@ class _Service:
                 self._outgoing.put_nowait((self._done_subject, event.done))
                 self._outbox.add(event.done, self._clock())
                 self._last_done = event.done
+                self._note_known()
             case Acknowledge():
                 self._outgoing.put_nowait((self._done_subject, event.done))
+                self._note_known()
             case HelloWanted():
                 self._hello_wanted.set()
             case Ready():
@@ -230,6 +232,12 @@ class _Service:
             case Stopped():
                 self._worker_error = event.error
                 _resolve(self._stopped)
+
+    def _note_known(self) -> None:
+        """A plan was taken: a scheduler counts this executor."""
+        if not self._is_known:
+            self._is_known = True
+            self.on_ready()
 
     # -- from the bus ------------------------------------------------------------------------------------
 
@@ -257,6 +265,8 @@ class _Service:
 
     async def _on_reconnect(self) -> None:
         self._hello_wanted.set()
+        for subject, message in self._endings.kept:
+            await self._send(subject, message)
 
     # -- to the bus --------------------------------------------------------------------------------------
 
@@ -264,6 +274,7 @@ class _Service:
         """Send in order. What cannot be sent is dropped: `StepDone`s are repeated, requesters see a gap."""
         while True:
             subject, message = await self._outgoing.get()
+            self._endings.note(subject, message, self._clock())
             try:
                 await self._send(subject, message)
             finally:
@@ -287,11 +298,19 @@ class _Service:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._hello_wanted.wait(), HELLO_INTERVAL_S)
             self._hello_wanted.clear()
-            await self._send(self._hello_subject, self._hello(ready))
+            if self._bus.is_connected:
+                self._endings.forget(self._clock())
+            await self._send(self._hello_subject, self._hello(ready, self._phase))
             await asyncio.sleep(HELLO_SPACING_S)
 
-    def _hello(self, ready: Ready) -> Hello:
-        view, done = self._worker.view, self._last_done
+    @property
+    def _phase(self) -> ExecutorPhase:
+        if self._is_draining:
+            return "draining"
+        return "compiling" if self._worker.pulse.is_compiling else "serving"
+
+    def _hello(self, ready: Ready | None, phase: ExecutorPhase) -> Hello:
+        view, done, pulse = self._worker.view, self._last_done, self._worker.pulse
         is_current = done is not None and done.epoch == view.epoch and view.plan > 0
         return Hello(
             executor=self._name,
@@ -300,11 +319,22 @@ class _Service:
             plan=view.plan,
             num_steps=max(view.num_steps, done.num_steps) if done and is_current else view.num_steps,
             handles=view.handles,
-            pool=ready.pool,
-            max_model_len=ready.max_model_len,
+            pool=ready.pool if ready else (),
+            max_model_len=ready.max_model_len if ready else 0,
             max_num_seqs=self._settings.max_num_seqs,
             has_gap=view.has_gap,
+            state=phase,
+            progress=pulse.count,
+            slowest_ms=int(pulse.slowest_s * 1000),
         )
+
+    async def _watch(self) -> None:
+        """Give up a process in which a step hangs: nothing else can end it."""
+        watchdog = Watchdog(self._settings.watchdog_s)
+        while True:
+            await asyncio.sleep(INTERVAL_S)
+            if watchdog.is_hung(self._worker.pulse, self._clock()):
+                self.on_hang()
 
     async def _repeat(self) -> None:
         while True:

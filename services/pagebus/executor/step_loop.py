@@ -9,10 +9,15 @@ from dataclasses import dataclass
 
 from pagebus.bus.messages import Plan, PoolGroup, StepDone
 from pagebus.executor.batch import Runner
+from pagebus.executor.errors import BrokenModelError
 from pagebus.executor.lease import LaunchedStep, Outcome, PlanState
 from pagebus.executor.reports import Report
+from pagebus.executor.retrying import compute
 
 _log = logging.getLogger(__name__)
+
+MAX_FAILED_STEPS = 3
+"""So many steps in a row in which no row could be computed: the process is beyond repair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +65,16 @@ class EndRequesters:
 
 
 @dataclass(frozen=True, slots=True)
+class HandOver:
+    """End every row: its requester asks again, and it goes on elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Finish the running step, then end."""
 
 
-Command = Plan | Hear | EndRequesters | Stop
+Command = Plan | Hear | EndRequesters | HandOver | Stop
 
 
 class StepLoop:
@@ -73,10 +83,17 @@ class StepLoop:
     def __init__(self, executor: str, runner: Runner, clock: Callable[[], float]) -> None:
         self._runner = runner
         self._clock = clock
+        self._num_failed_steps = 0  # in a row
+        self.pulse = runner.pulse
         self._state = PlanState(executor, runner.pool, runner.max_model_len)
         self._events: list[Event] = [Ready(tuple(runner.pool), runner.max_model_len)]
         self.view = self._state.view
         """The state after the last commands; its `num_steps` may be behind."""
+
+    @property
+    def state(self) -> PlanState:
+        """Rows and lease, to be looked at only."""
+        return self._state
 
     @property
     def live_choices(self) -> list[tuple[str, int]]:
@@ -104,7 +121,7 @@ class StepLoop:
             self._events.append(HelloWanted())
         if step is None and owes_acknowledgement:
             self._events.append(Acknowledge(state.acknowledgement()))  # else the step acknowledges
-        if has_commands or state.has_gap != had_gap:
+        if has_commands or step is None or state.has_gap != had_gap:
             self.view = state.view
         return step
 
@@ -123,23 +140,40 @@ class StepLoop:
                     self._events.append(HelloWanted())
             case EndRequesters(lives=lives):
                 state.end_requesters(lives)
+            case HandOver():
+                state.hand_over()
             case Stop():
                 pass
         return False
 
     def run(self, step: LaunchedStep) -> None:
-        """Compute a step that `begin` gave. What raises fails its rows, and the loop goes on."""
+        """Compute a step that `begin` gave. What raises fails its rows, and the loop goes on.
+
+        Raises `BrokenModelError`, after the rows were failed, where only a new process can help.
+        """
         runner, state = self._runner, self._state
         began_s = self._clock()
+        broken: BrokenModelError | None = None
+        self.pulse.begin()
         try:
             if step.copies:
                 runner.copy_blocks(step.copies)
-            outputs = runner.step(step.inputs)
+            outputs = compute(runner, step.inputs)
             report = state.complete(step, outputs, self._clock() - began_s)
+            self._num_failed_steps = 0
         except Exception as error:
-            # Out of memory, or a broken model: the step's rows fail, the process lives on.
+            # Out of memory, or a broken model: the step's rows fail, and requesters ask again.
             _log.exception("a step of %d rows failed", len(step.rows))
             message = f"the step failed: {type(error).__name__}: {error}"[:500]
             report = state.fail_step(step, message, self._clock() - began_s)
+            self._num_failed_steps += 1
+            if isinstance(error, BrokenModelError):
+                broken = error
+            elif self._num_failed_steps >= MAX_FAILED_STEPS:
+                broken = BrokenModelError(f"{self._num_failed_steps} steps in a row failed; {message}")
+        finally:
+            self.pulse.end()
         if report is not None:
             self._events.append(report)
+        if broken is not None:
+            raise broken

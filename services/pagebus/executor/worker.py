@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pagebus.bus.messages import Plan
 from pagebus.executor.batch import Runner
 from pagebus.executor.lease import View
-from pagebus.executor.step_loop import Command, EndRequesters, Event, Hear, StepLoop, Stop, Stopped
+from pagebus.executor.pulse import Pulse
+from pagebus.executor.step_loop import Command, EndRequesters, Event, HandOver, Hear, StepLoop, Stop, Stopped
 
 
 class Worker:
@@ -33,6 +34,7 @@ class Worker:
         self._clock = clock
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._view = View(0, 0, 0, b"", has_gap=False, lives=frozenset())
+        self._pulse = Pulse()
         # A daemon: a process that is told to stop while weights load does not wait for them.
         self._thread = threading.Thread(target=self._main, name="executor-steps", daemon=True)
 
@@ -42,6 +44,11 @@ class Worker:
     def view(self) -> View:
         """The state after the last command (its `num_steps` may be behind); replaced whole by the thread."""
         return self._view
+
+    @property
+    def pulse(self) -> Pulse:
+        """Whether a step is being computed, and whether it gets on; the model's own once it is loaded."""
+        return self._pulse
 
     def start(self) -> None:
         """Start the thread: it builds the model first."""
@@ -59,6 +66,10 @@ class Worker:
         """Nobody listens on these life subjects any more."""
         self._commands.put(EndRequesters(lives))
 
+    def hand_over(self) -> None:
+        """Finish the running step, then end every row: they go on elsewhere."""
+        self._commands.put(HandOver())
+
     def stop(self) -> None:
         """Finish the running step, then end; `Stopped` follows."""
         self._commands.put(Stop())
@@ -67,13 +78,18 @@ class Worker:
 
     def _main(self) -> None:
         error: BaseException | None = None
+        left: list[Event] = []
         try:
             steps = StepLoop(self._executor, self._build(), self._clock)
+            self._pulse = steps.pulse
             self._flush(steps.take_events())
-            self._serve(steps)
+            try:
+                self._serve(steps)
+            finally:
+                left = steps.take_events()
         except BaseException as caught:  # handed to the loop, which raises it
             error = caught
-        self._flush([Stopped(error)])
+        self._flush([*left, Stopped(error)])
 
     def _serve(self, steps: StepLoop) -> None:
         is_idle = False

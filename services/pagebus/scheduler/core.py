@@ -8,26 +8,19 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping
 
-from pagebus.bus import subjects
-from pagebus.bus.messages import Cancel, DecodeError, Generate, Hello, StepDone, unpack_handles
+from pagebus.bus.messages import AnyMessage, Cancel, Generate, Hello, StepDone
 from pagebus.scheduler import placing, watching
 from pagebus.scheduler.actions import Action, Probe, SendPlan
 from pagebus.scheduler.blocks import KvPool
 from pagebus.scheduler.book import CoreConfig, RequestBook
 from pagebus.scheduler.executors import MAX_UNACKNOWLEDGED, ExecutorState, ReportError
-from pagebus.scheduler.figures import Figures, figures_of
-from pagebus.scheduler.planner import Budget, choose_horizon, lay_out
+from pagebus.scheduler.figures import Figures, Overview
+from pagebus.scheduler.planner import MAX_CHUNK_IDS, Budget, choose_horizon, lay_out
+from pagebus.scheduler.presence import sound_handles
 from pagebus.scheduler.requests import Row, RowState
-from pagebus.scheduler.watching import Verdict
 
 FORGET_S = 600.0
 UPKEEP_INTERVAL_S = 1.0
-MAX_PLAN_IDS = 1 << 19
-"""Ids (2 MiB) that the chunks of one plan may carry."""
-MAX_PLAN_START_BYTES = 2 << 20
-"""Rough bytes of new rows' descriptors and tables in one plan."""
-MAX_CHUNK_S = 1.0
-MIN_CHUNK_TOKENS = 64
 
 
 class SchedulerCore:
@@ -45,6 +38,7 @@ class SchedulerCore:
         self._handles = itertools.count(1)
         self._book = RequestBook(self._config, self.epoch, self._executors, self.counters)
         self._finished: list[tuple[Row, str, float]] = []
+        self._overview = Overview(self._executors, self._book)
         self._upkeep_s = float("-inf")
         self._stuck = (0, 0)  # ticket of the row that found no place, and what had changed until then
 
@@ -55,6 +49,7 @@ class SchedulerCore:
         self.epoch = epoch
         self._clear()
         self._upkeep_s = now_s
+        self._overview.stall.forgive(now_s)
 
     def step_down(self) -> None:
         """End the term; all state is dropped and nothing is sent: another leads."""
@@ -79,12 +74,17 @@ class SchedulerCore:
         """The bus was away, and with it everybody: their silence says nothing."""
         for executor in self._executors.values():
             executor.hear(now_s)
-            executor.progress_s = now_s
+            executor.computing.step(now_s)
+        self._overview.stall.forgive(now_s)
 
-    def on_fault(self, generate: Generate, now_s: float) -> None:
-        """Handling this raised: fail it alone."""
-        if self.epoch:
-            self._book.on_fault(generate, now_s)
+    def on_fault(self, message: AnyMessage, now_s: float) -> None:
+        """Handling this raised: the request fails alone, or the executor is begun with anew."""
+        match message:
+            case Generate() if self.epoch:
+                self._book.on_fault(message, now_s)
+            case Hello(executor=name) | StepDone(executor=name) if self.epoch:
+                if (executor := self._executors.get(name)) is not None and not executor.is_lost:
+                    self._give_up(executor, f"a message of {name} was broken", now_s, is_death=False)
 
     # -- executors -------------------------------------------------------------------------------------------
 
@@ -92,21 +92,12 @@ class SchedulerCore:
         """Note that an executor lives; bring it to our state where it has another one."""
         if self.epoch == 0 or hello.model != self._config.model:
             return
-        is_sound = (
-            subjects.is_part(hello.executor)
-            and bool(hello.pool)
-            and all(
-                group.num_blocks > 0 and group.block_size > 0 and (group.window is None or group.window > 0)
-                for group in hello.pool
-            )
-            and len({group.block_size for group in hello.pool}) == 1
-        )
-        try:
-            handles = unpack_handles(hello.handles)
-        except DecodeError:
-            is_sound = False
-        if not is_sound or hello.max_num_seqs < 1 or hello.max_model_len < 1:
+        handles = sound_handles(hello)
+        if handles is None:
             self.counters["hello_invalid"] += 1
+            return
+        if not self._overview.presence.is_here(hello, now_s):
+            self._forget(hello, now_s)
             return
         executor = self._executors.get(hello.executor)
         if executor is None:
@@ -119,6 +110,7 @@ class SchedulerCore:
             self._meet(hello, executor, now_s)
             return
         executor.hear(now_s)
+        executor.computing.note(hello, now_s)
         if hello.epoch != self.epoch:
             has_lost_state = executor.acknowledged_before > 0
         else:
@@ -128,6 +120,21 @@ class SchedulerCore:
             self._meet(hello, executor, now_s)
         elif hello.has_gap:
             self._book.out.extend(SendPlan(executor.name, plan) for plan in executor.to_repeat(now_s, 0.05))
+        self._hand_over(executor, now_s)
+
+    def _forget(self, hello: Hello, now_s: float) -> None:
+        """What one that left still had is asked for again at once."""
+        executor = self._executors.get(hello.executor)
+        if executor is not None and hello.state == "left":
+            if not executor.is_lost:
+                self._give_up(executor, f"executor {executor.name} left", now_s, is_death=False)
+            del self._executors[executor.name]
+
+    def _hand_over(self, executor: ExecutorState, now_s: float) -> None:
+        """Rows of one that drains go on elsewhere, as soon as there is anybody to take them."""
+        is_leaving = executor.computing.phase == "draining" and not executor.is_lost
+        if is_leaving and executor.rows and any(other.is_ready for other in self._executors.values()):
+            self._take_away(executor, list(executor.rows.values()), now_s)
 
     def _meet(self, hello: Hello, old: ExecutorState | None, now_s: float) -> None:
         is_ours = hello.epoch == self.epoch and hello.plan > 0
@@ -146,20 +153,24 @@ class SchedulerCore:
         executor.sequence = max(hello.plan if is_ours else 0, old.sequence if old else 0)
         executor.acknowledged = hello.plan if is_ours else 0
         executor.snapshot_sequence = executor.sequence + 1
+        executor.computing.follow(old.computing if old else None)
         self._executors[hello.executor] = executor
         self._stuck = (0, 0)
         self._book.fit_waiting(now_s)
 
-    def _give_up(self, executor: ExecutorState, why: str, now_s: float) -> None:
-        """Tell its rows' requesters to ask again; what it still does is of attempts that nobody follows."""
+    def _give_up(self, executor: ExecutorState, why: str, now_s: float, *, is_death: bool = True) -> None:
+        """Tell its rows' requesters to ask again; what it still does is of attempts that nobody follows.
+
+        `is_death`: it may have died of one of them.
+        """
         self._settle_finished()
         self._stuck = (0, 0)
         executor.is_lost = True
         executor.lost_requests = []
         rows = [*executor.rows.values(), *(entry.row for entry in executor.returning)]
-        suspect = None if executor.suspect is None else executor.suspect.request
+        suspect = executor.sole_suspect(self._num_harmless)
         for request in {row.request: None for row in rows if row.state is not RowState.OVER}:
-            is_suspect = suspect is None or request is suspect
+            is_suspect = is_death and (suspect is None or request is suspect)
             executor.lost_requests.append(request.request_id)
             self._book.fail(
                 request,
@@ -168,7 +179,7 @@ class SchedulerCore:
                 now_s,
                 is_retryable=True,
                 is_suspect=is_suspect,
-                was_sole_suspect=request is suspect,
+                was_sole_suspect=is_death and request is suspect,
             )
         executor.forget_rows()
 
@@ -191,14 +202,14 @@ class SchedulerCore:
         executor.renew_due()
 
     def _take_report(self, executor: ExecutorState, done: StepDone, now_s: float) -> None:
-        executor.progress_s = now_s
+        executor.computing.step(now_s)
         try:
             completed = executor.take_report(done, now_s)
         except ReportError as error:
             self._give_up(executor, f"executor {done.executor} sent a broken report: {error}", now_s)
             return
         if executor.suspect is not None:
-            executor.clear_suspect(self._horizon(executor) + 2)
+            executor.clear_suspect(self._num_harmless)
         for row in completed:
             self._book.prefill_done(row, now_s)
         for handle, message in done.failed.items():
@@ -254,23 +265,25 @@ class SchedulerCore:
         for executor in list(self._executors.values()):
             if not executor.is_lost:
                 self._watch(executor, now_s)
+                self._hand_over(executor, now_s)
             elif now_s - executor.heard_s > FORGET_S:
                 del self._executors[executor.name]
+        self._overview.note(now_s)
         if now_s - self._upkeep_s >= UPKEEP_INTERVAL_S:
             self._upkeep_s = now_s
             self._upkeep(now_s)
 
     def _watch(self, executor: ExecutorState, now_s: float) -> None:
-        match watching.watch(executor, self._config.max_num_batched_tokens, now_s):
-            case Verdict.SILENT:
+        match watching.watch(executor, now_s):
+            case watching.Verdict.SILENT:
                 silent_s = now_s - executor.heard_s
                 self._give_up(executor, f"executor {executor.name} was silent for {silent_s:.1f} s", now_s)
-            case Verdict.STUCK:
-                stuck_s = now_s - executor.progress_s
+            case watching.Verdict.STUCK:
+                stuck_s = now_s - executor.computing.progress_s
                 why = f"executor {executor.name} has work and did none for {stuck_s:.1f} s"
                 self._give_up(executor, why, now_s)
                 executor.is_stuck = True
-            case Verdict.PROBE:
+            case watching.Verdict.PROBE:
                 self._book.out.append(Probe(executor.name))
 
     def on_no_responders(self, name: str, now_s: float) -> None:
@@ -312,13 +325,15 @@ class SchedulerCore:
         """Place rows in their turn: the head waits for room, and nobody overtakes it."""
         if any(executor.has_ended_rows for executor in self._executors.values()):
             self.settle()
-        left = MAX_PLAN_START_BYTES
+        left = placing.MAX_START_BYTES
         while left > 0:
             row = self._book.lobby.queue.head(now_s)
             if row is None or row.state is not RowState.WAITING:
                 return
             stuck = (row.ticket, sum(executor.num_changes for executor in self._executors.values()))
-            place = None if stuck == self._stuck else placing.choose_place(self._executors.values(), row)
+            place = None
+            if stuck != self._stuck:
+                place = placing.choose_place(self._executors.values(), row, self._num_harmless)
             if place is None:
                 self._stuck = stuck
                 self._make_room(row, now_s)
@@ -327,8 +342,7 @@ class SchedulerCore:
             target = placing.start_position(place.executor.kv, row)
             place.executor.place(row, place.hit, place.copies, target, now_s)
             self._book.row_placed(row, place.executor, now_s)
-            left -= 512 + len(row.request.stop_token_ids) + 4 * len(row.ids) // 16
-            left -= 4 * len(row.ids) if row.request.sampling.needs_history else 0
+            left -= placing.start_bytes(row)
 
     def _make_room(self, row: Row, now_s: float) -> None:
         """Preempt for a row that has waited too long, or for one with a better priority."""
@@ -341,13 +355,23 @@ class SchedulerCore:
 
     def _preempt(self, executor: ExecutorState, rows: list[Row], now_s: float) -> None:
         for row in rows:
-            executor.remove(row, is_finished=False)
             row.request.num_preemptions += 1
+        self._book.num_preemptions += len(rows)
+        self._take_away(executor, rows, now_s)
+
+    def _take_away(self, executor: ExecutorState, rows: list[Row], now_s: float) -> None:
+        """Rows leave an executor and go on elsewhere, or here later, before rows that never ran."""
+        for row in rows:
+            executor.remove(row, is_finished=False)
             row.num_preemptions += 1
             row.waiting_since_s = now_s
             row.state = RowState.RETURNING if row.is_told else RowState.HELD
-        self._book.num_preemptions += len(rows)
         self._book.lobby.come_back(rows)
+
+    @property
+    def _num_harmless(self) -> int:
+        """Who made so many ids since it was placed has got on: more than one lease."""
+        return 2 + max((self._horizon(executor) for executor in self._executors.values()), default=0)
 
     def _horizon(self, executor: ExecutorState) -> int:
         return self._config.horizon or choose_horizon(executor.pace.step_s)
@@ -360,13 +384,9 @@ class SchedulerCore:
                 continue
             self._preempt(executor, victims, now_s)
         executor.is_due = False  # what was released just now is in this plan
-        num_step_tokens = self._config.max_num_batched_tokens
-        if executor.pace.prefill_s > 0:
-            num_step_tokens = min(
-                num_step_tokens,
-                max(MIN_CHUNK_TOKENS + len(executor.rows), int(MAX_CHUNK_S / executor.pace.prefill_s)),
-            )
-        budget = Budget(num_steps=horizon, num_step_tokens=num_step_tokens, num_chunk_tokens=MAX_PLAN_IDS)
+        most = self._config.max_num_batched_tokens
+        num_step_tokens = min(most, executor.pace.num_step_tokens(len(executor.rows)))
+        budget = Budget(num_steps=horizon, num_step_tokens=num_step_tokens, num_chunk_tokens=MAX_CHUNK_IDS)
         steps = lay_out(executor.slots, list(executor.prefilling.values()), budget)
         plan = executor.make_plan(self.epoch, steps, now_s)
         if plan is not None:
@@ -377,4 +397,4 @@ class SchedulerCore:
     @property
     def figures(self) -> Figures:
         """Load over all live executors."""
-        return figures_of(self._executors.values(), self._book)
+        return self._overview.figures

@@ -7,18 +7,18 @@ later, after the plan was sent (`settle`).
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from pagebus.bus.messages import Hello, Plan, PoolGroup, Step, StepDone, pack_handles
 from pagebus.scheduler.blocks import Ints, KvPool
+from pagebus.scheduler.computing import Computing
 from pagebus.scheduler.journal import Journal
 from pagebus.scheduler.pace import Pace
 from pagebus.scheduler.prefix import Hit
-from pagebus.scheduler.requests import Row, RowState
+from pagebus.scheduler.requests import Request, Row, RowState
 from pagebus.scheduler.slots import SlotTable
+from pagebus.scheduler.underway import Returning, SentPlan
 
 RESEND_INTERVAL_S = 0.2
 MAX_UNACKNOWLEDGED = 8
@@ -27,21 +27,6 @@ MAX_UNACKNOWLEDGED = 8
 
 class ReportError(Exception):
     """A `StepDone` that cannot be true."""
-
-
-@dataclass(slots=True)
-class SentPlan:
-    """A plan that the executor has not acknowledged."""
-
-    plan: Plan
-    sent_s: float
-
-
-class Returning(NamedTuple):
-    """A row that left; its slot and blocks are free once the executor has taken the plan `sequence`."""
-
-    sequence: int
-    row: Row
 
 
 class ExecutorState:
@@ -64,7 +49,7 @@ class ExecutorState:
         """Longest sequence in tokens by the model and the setting; `max_len`: by the pool too."""
         self.max_len = full_len if kv.num_positions is None else min(full_len, kv.num_positions)
         self.heard_s = now_s
-        self.progress_s = now_s  # newest report of a step, or when it began to owe one
+        self.computing = Computing(hello, now_s)
         self.probed_s = now_s
         self.num_no_responders = 0  # since it was heard
         self.sequence = 0  # of the newest plan
@@ -122,8 +107,10 @@ class ExecutorState:
 
     @property
     def is_ready(self) -> bool:
-        """Whether rows may be placed here: it lives, and holds nothing of an earlier state."""
-        return not self.is_lost and not self.needs_snapshot and self.acknowledged >= self.snapshot_sequence
+        """Whether rows may be placed here: it lives and stays, and holds nothing of an earlier state."""
+        if self.is_lost or self.needs_snapshot or self.computing.phase == "draining":
+            return False
+        return self.acknowledged >= self.snapshot_sequence
 
     @property
     def has_room(self) -> bool:
@@ -272,6 +259,27 @@ class ExecutorState:
     def has_ended_rows(self) -> bool:
         """Whether `settle` would free blocks."""
         return bool(self._ended)
+
+    def sole_suspect(self, num_harmless: int) -> Request | None:
+        """Who alone can be to blame for a death: the suspect, where every other row had got on."""
+        suspect = None if self.suspect is None else self.suspect.request
+        return suspect if suspect is not None and self.has_got_on(num_harmless, suspect) else None
+
+    def has_got_on(self, num_harmless: int, suspect: Request) -> bool:
+        """Whether every row of other requests has made so many ids here."""
+        position = self.slots.position
+        return all(
+            row.request is suspect or position[row.slot] >= row.num_ids + num_harmless - 1
+            for row in itertools.chain(self.rows.values(), (entry.row for entry in self.returning))
+        )
+
+    def may_start(self, row: Row, num_harmless: int) -> bool:
+        """Whether it would be clear which one a death is to be blamed on: beside a suspect none starts that
+        may be at fault as well, and a suspect starts beside none that has not got on."""
+        request = row.request
+        if self.suspect is not None:
+            return self.suspect.request is request
+        return not request.is_suspect or self.has_got_on(num_harmless, request)
 
     def clear_suspect(self, num_harmless: int) -> None:
         """A suspect that has made so many ids since it came back is none any more."""

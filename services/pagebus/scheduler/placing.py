@@ -12,6 +12,8 @@ from pagebus.scheduler.requests import Row, RowState
 
 WATERMARK_SHARE = 100
 """One block in this many stays free for running rows when a new row is placed."""
+MAX_START_BYTES = 2 << 20
+"""Rough bytes of new rows' descriptors and tables in one plan."""
 _ROW_COST = 16
 """Tokens of prefill that a row more on an executor counts as, when a place is chosen."""
 
@@ -138,8 +140,9 @@ class Place(NamedTuple):
     copies: list[tuple[int, int]]  # KV group, source block: copied to the row's first own block of the group
 
 
-def choose_place(executors: Iterable[ExecutorState], row: Row) -> Place | None:
+def choose_place(executors: Iterable[ExecutorState], row: Row, num_harmless: int = 0) -> Place | None:
     """Where a row starts: where it fits and least is left to do before its next id; None: nowhere now.
+    Whoever made `num_harmless` ids there has got on.
 
     A small share of the blocks stays free for rows that run, so that a new one does not have to be preempted
     at once; where nothing runs there is nothing to keep them for.
@@ -148,7 +151,7 @@ def choose_place(executors: Iterable[ExecutorState], row: Row) -> Place | None:
     for executor in executors:
         if not executor.is_ready or executor.is_short or not executor.has_room:
             continue
-        if row.end_position > executor.max_len or (row.request.is_suspect and executor.suspect is not None):
+        if row.end_position > executor.max_len or not executor.may_start(row, num_harmless):
             continue
         place = _shared_start(executor, row)
         needed = num_needed(executor, row, place.hit)
@@ -173,7 +176,7 @@ def rows_in_the_way(
 
     It may take those of rows with a worse priority; one that starves those of all that had their turn.
     """
-    if not executor.is_ready or row.end_position > executor.max_len:
+    if not executor.is_ready or row.end_position > executor.max_len or executor.suspect is not None:
         return None
 
     def may_go(rows: list[Row]) -> bool:
@@ -202,6 +205,12 @@ def _could_fit(executor: ExecutorState, row: Row, num_coming: Ints) -> bool:
         count <= pool.num_free + coming
         for count, pool, coming in zip(needed, executor.kv.pools, num_coming.tolist(), strict=True)
     )
+
+
+def start_bytes(row: Row) -> int:
+    """Roughly what telling an executor of a row takes."""
+    history = 4 * len(row.ids) if row.request.sampling.needs_history else 0
+    return 512 + len(row.request.stop_token_ids) + 4 * len(row.ids) // 16 + history
 
 
 def watermark(executor: ExecutorState) -> int:

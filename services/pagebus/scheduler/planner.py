@@ -16,6 +16,8 @@ from pagebus.scheduler.slots import Handles, SlotTable
 
 MAX_HORIZON = 16
 MIN_HORIZON = 2
+MAX_CHUNK_IDS = 1 << 19
+"""Ids (2 MiB) that the chunks of one plan may carry."""
 LEASE_S = 0.064
 """A lease lasts about so long: half of one covers a plan's way over the bus, and plans are few."""
 

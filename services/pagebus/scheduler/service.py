@@ -64,13 +64,15 @@ async def run(
     name: str,
     stop: asyncio.Event,
     on_ended: Callable[[RequestTimings], None] | None = None,
+    *,
+    on_ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Schedule `settings.model_name` on `bus` as the instance `name` until `stop` is set.
 
-    `on_ended` is told of every attempt that ended, on the loop. Raises `BusError` where the subscriptions
-    cannot be made.
+    `on_ended` is told of every attempt that ended, on the loop; `on_ready` is called once this instance leads
+    or stands by. Raises `BusError` where the subscriptions cannot be made.
     """
-    await SchedulerService(settings, bus, name, on_ended).run(stop)
+    await SchedulerService(settings, bus, name, on_ended).run(stop, on_ready)
 
 
 class SchedulerService:
@@ -108,7 +110,17 @@ class SchedulerService:
         self._has_reconnected = False
         self._turn_s = self._tick_s = self._heartbeat_s = self._counters_s = time.monotonic()
 
-    async def run(self, stop: asyncio.Event) -> None:
+    @property
+    def core(self) -> SchedulerCore:
+        """The state of this term, to be looked at only."""
+        return self._core
+
+    @property
+    def counters(self) -> Counter[str]:
+        """What happened that should seldom happen."""
+        return self._counters + self._core.counters
+
+    async def run(self, stop: asyncio.Event, on_ready: Callable[[], None] = lambda: None) -> None:
         """Start up, the main loop, shut down."""
         subscriptions: list[Subscription] = []
         tasks = [asyncio.create_task(self._leadership.run()), asyncio.create_task(self._wake_at(stop))]
@@ -116,10 +128,12 @@ class SchedulerService:
         try:
             for subject in (subjects.generate, subjects.hello, subjects.step_done, subjects.heartbeat):
                 subscriptions.append(await self._bus.subscribe(subject(self._model), self._receive))
+            on_ready()
             self._turn_s = time.monotonic()
             while not stop.is_set():
                 await self._wait()
                 await self._turn()
+            await self._leave()
         finally:
             self._leadership.close()
             for task in (*tasks, *self._probes):
@@ -167,6 +181,14 @@ class SchedulerService:
         self._report_counters()
         self._turn_s = time.monotonic()
 
+    async def _leave(self) -> None:
+        """The last turn was the term's last: say so, so that a standby does not wait for our silence."""
+        last = self._heartbeat(is_leaving=True) if 0 < self._core.epoch == self._leadership.epoch else None
+        self._core.step_down()
+        await self._leadership.leave()
+        if last is not None:
+            await self._publish(subjects.heartbeat(self._model), encode(last))
+
     def _follow_term(self) -> None:
         epoch = self._leadership.epoch
         if epoch == self._core.epoch:
@@ -192,8 +214,7 @@ class SchedulerService:
             except Exception:
                 log.exception("a %s could not be handled", type(message).__name__)
                 self._counters["handling_errors"] += 1
-                if isinstance(message, Generate):
-                    self._core.on_fault(message, time.monotonic())
+                self._core.on_fault(message, time.monotonic())
 
     def _handle(self, message: AnyMessage, mail: Msg) -> None:
         now_s = time.monotonic()
@@ -210,7 +231,9 @@ class SchedulerService:
                 self._follow_term()
                 self._core.on_hello(message, now_s)
             case Heartbeat():
-                self._leadership.hear_heartbeat(message.scheduler, message.epoch)
+                self._leadership.hear_heartbeat(
+                    message.scheduler, message.epoch, is_leaving=message.is_leaving
+                )
                 self._follow_term()
             case _:
                 self._counters["unexpected"] += 1
@@ -301,9 +324,16 @@ class SchedulerService:
         if not self._core.epoch or now_s - self._heartbeat_s < HEARTBEAT_INTERVAL_S:
             return
         self._heartbeat_s = now_s
-        figures = self._core.figures
-        beat = Heartbeat(scheduler=self._name, model=self._model, epoch=self._core.epoch, **figures._asdict())
-        await self._publish(subjects.heartbeat(self._model), encode(beat))
+        await self._publish(subjects.heartbeat(self._model), encode(self._heartbeat()))
+
+    def _heartbeat(self, *, is_leaving: bool = False) -> Heartbeat:
+        return Heartbeat(
+            scheduler=self._name,
+            model=self._model,
+            epoch=self._core.epoch,
+            is_leaving=is_leaving,
+            **self._core.figures._asdict(),
+        )
 
     def _report_counters(self) -> None:
         now_s = time.monotonic()

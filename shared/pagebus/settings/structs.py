@@ -40,6 +40,10 @@ class CommonSettings:
     ] = ""
     log_level: Annotated[LogLevel, Meta(description="least level that is logged")] = "info"
     name: Annotated[Text, Meta(description="instance name on the bus (default: a random one)")] = ""
+    drain_timeout_s: Annotated[
+        float,
+        Meta(ge=0, le=1e6, description="seconds that running requests may go on after SIGTERM"),
+    ] = 25.0
 
     @property
     def model_name(self) -> str:
@@ -68,6 +72,12 @@ class GatewaySettings(CommonSettings):
     keep_alive_interval_s: Annotated[
         float, Meta(gt=0, le=1e6, description="seconds of pause after which a stream gets a comment")
     ] = 10.0
+    slow_reader_timeout_s: Annotated[
+        float, Meta(gt=0, le=1e6, description="seconds after which a client that reads nothing is cut off")
+    ] = 30.0
+    resume: Annotated[
+        bool, Meta(description="store streams, so that clients can go on with one after a cut")
+    ] = True
     reuse_port: Annotated[
         bool, Meta(description="share the port with other gateways of this user (SO_REUSEPORT)")
     ] = False
@@ -113,6 +123,10 @@ class ExecutorSettings(CommonSettings):
         Annotated[int, Meta(ge=0, le=1024)], Meta(description="CPU threads for tensors; 0: all cores")
     ] = 0
     seed: Annotated[int, Meta(description="seed of dummy weights")] = 0
+    watchdog_s: Annotated[
+        float,
+        Meta(ge=0, le=1e6, description="seconds without progress in a step after which it ends; 0: never"),
+    ] = 20.0
     fake: Annotated[bool, Meta(description="a deterministic fake model, for tests and load")] = False
 
 

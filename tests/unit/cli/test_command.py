@@ -1,6 +1,7 @@
 """The `pagebus` command: quick help, one-line errors, words for the ready line, the file for tools."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from pagebus.cli import status_file
 from pagebus.cli.errors import CommandError
 from pagebus.cli.launcher import OwnBus, service_environment
 from pagebus.cli.main import COMMANDS, main
-from pagebus.cli.port import ReservedPort
+from pagebus.cli.port import LISTEN_VARIABLE, SharedListener, inherited_listener
 from pagebus.cli.ready import Capacity, ask, curl_command
 from pagebus.cli.services import instance_name
 from pagebus.settings.load import read_settings
@@ -114,28 +115,62 @@ def test_a_port_in_use_is_one_line(is_shared: bool) -> None:
     assert len(ended.stderr.strip().splitlines()) == 1, ended.stderr
 
 
-def test_a_reserved_port_refuses_connections_and_lets_gateways_share_it() -> None:
-    reserved = ReservedPort("127.0.0.1", 0)
+def test_connections_wait_in_the_shared_socket_and_nobody_else_gets_the_port() -> None:
+    with contextlib.closing(SharedListener("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(("127.0.0.1", listener.port), 1)  # nobody accepts it yet
+        with socket.socket() as stranger:
+            stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            with pytest.raises(OSError, match="in use"):
+                stranger.bind(("127.0.0.1", listener.port))
+        with pytest.raises(CommandError, match=str(listener.port)):
+            SharedListener("127.0.0.1", listener.port)
+        gateway = inherited_listener({LISTEN_VARIABLE: str(os.dup(listener.fd))})
+        assert gateway is not None
+        with gateway:
+            gateway.settimeout(1)
+            accepted, address = gateway.accept()
+            assert address == client.getsockname()
+            accepted.close()
+        socket.create_connection(("127.0.0.1", listener.port), 1).close()  # one gateway's end ends nothing
+        client.close()
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", reserved.port), 1)
-    with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
-        stranger.bind(("127.0.0.1", reserved.port))
-    with socket.socket() as gateway:
-        gateway.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        gateway.bind(("127.0.0.1", reserved.port))
-        gateway.listen()
-        for _ in range(20):  # every connection reaches the one that listens
-            socket.create_connection(("127.0.0.1", reserved.port), 1).close()
-        with pytest.raises(CommandError, match=str(reserved.port)):
-            ReservedPort("127.0.0.1", reserved.port)
-    reserved.close()
+        socket.create_connection(("127.0.0.1", listener.port), 1)
+
+
+def test_a_socket_from_systemd_is_taken_and_what_is_no_listening_socket_is_refused(tmp_path: Path) -> None:
+    assert inherited_listener({}) is None
+    assert inherited_listener({"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid() + 1)}) is None
+    own = {"LISTEN_PID": str(os.getpid())}
+    with pytest.raises(CommandError, match="one socket"):
+        inherited_listener({**own, "LISTEN_FDS": "2"})
+    with socket.socket() as deaf, (tmp_path / "file").open("wb") as file:
+        for fd in ("99999", "x", "-1", str(os.dup(deaf.fileno())), str(os.dup(file.fileno()))):
+            with pytest.raises(CommandError, match=LISTEN_VARIABLE):
+                inherited_listener({LISTEN_VARIABLE: fd})
+    code = (
+        "import os, sys, socket\n"
+        "from pagebus.cli.port import inherited_listener\n"
+        "os.dup2(int(sys.argv[1]), 3)\n"
+        "found = inherited_listener({'LISTEN_FDS': '1', 'LISTEN_PID': str(os.getpid())})\n"
+        "print(found.getsockname()[1])"
+    )
+    with contextlib.closing(SharedListener("127.0.0.1", 0)) as listener:
+        ended = subprocess.run(
+            [sys.executable, "-c", code, str(listener.fd)],
+            pass_fds=(listener.fd,),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=30,
+        )
+        assert ended.stdout.strip() == str(listener.port), ended.stderr
 
 
 def test_the_address_is_reachable() -> None:
     for host, expected in [("0.0.0.0", "127.0.0.1"), ("localhost", "localhost"), ("127.0.0.1", "127.0.0.1")]:
-        reserved = ReservedPort(host, 0)
-        assert reserved.url == f"http://{expected}:{reserved.port}"
-        reserved.close()
+        listener = SharedListener(host, 0)
+        assert listener.url == f"http://{expected}:{listener.port}"
+        listener.close()
 
 
 def test_capacity_in_words() -> None:
@@ -183,9 +218,9 @@ async def test_asking_for_readiness_never_raises(answer: bytes, status: int, has
 
 
 async def test_nobody_there_is_status_zero() -> None:
-    reserved = ReservedPort("127.0.0.1", 0)
-    assert (await ask("127.0.0.1", reserved.port)).status == 0
-    reserved.close()
+    listener = SharedListener("127.0.0.1", 0)
+    listener.close()
+    assert (await ask("127.0.0.1", listener.port)).status == 0
 
 
 STATUS = status_file.Status(os.getpid(), "1", "m", "http://127.0.0.1:9", "nats://c:p@h", 1, 2, 3, 4, 5)
@@ -246,6 +281,8 @@ def test_a_bus_of_the_users_own_shows_no_password() -> None:
     assert bus.url("gateway") == "nats://user:p%40ss@host:4222"
     assert bus.url("client") == "nats://host:4222"
     assert OwnBus("nats://host:1").url("client") == "nats://host:1"
+    several = OwnBus("nats://user:p@a:1, user:q@b:2,nats://user:r@c:3")
+    assert several.url("client") == "nats://a:1,nats://b:2,nats://c:3"
 
 
 def test_instance_names() -> None:

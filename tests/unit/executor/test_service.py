@@ -39,6 +39,8 @@ async def test_results_are_the_same_for_every_horizon(
         executor_tests.check_preemption,
         executor_tests.check_epoch_change,
         executor_tests.check_step_failure,
+        executor_tests.check_out_of_memory,
+        executor_tests.check_drain,
         executor_tests.check_nobody_listens,
         executor_tests.check_stop,
     ],
@@ -189,10 +191,11 @@ async def test_the_fake_model_is_built_from_settings(buses: tuple[MemoryBus, Mem
     settings = ExecutorSettings(model="fake", fake=True, max_model_len=512, max_num_seqs=7)
     async with scheduler(buses[1], hand) as lead:
         task = asyncio.create_task(run(settings, buses[0], Path(), "ex", stop))
-        await lead.until(lambda: bool(lead.hellos))
+        await lead.until(lambda: any(hello.pool for hello in lead.hellos))
         stop.set()
         await task
-        hello = lead.hellos[0]
+        assert lead.hellos[-1].state == "left"
+        hello = next(hello for hello in lead.hellos if hello.pool)
         assert (hello.executor, hello.model) == ("ex", "fake")
         assert (hello.max_model_len, hello.max_num_seqs) == (512, 7)
         assert (hello.epoch, hello.plan, hello.handles) == (0, 0, b"")

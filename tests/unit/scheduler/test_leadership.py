@@ -180,3 +180,61 @@ async def test_a_wiped_bucket_is_written_again_by_the_leader(group):
     entry = await bucket.get(subjects.leader_key("m"))
     assert msgspec.json.decode(entry.value, type=Record).epoch == max(epochs.values())
     assert group.epochs == epochs
+
+
+# -- terms that end in order ---------------------------------------------------------------------------------
+
+LEFT = Entry(msgspec.json.encode(Record("other", 50, has_left=True)), 4)
+
+
+def test_what_a_leader_left_is_taken_over_at_once():
+    made = watch(LEFT)
+    made.hear_heartbeat("other", 50, 99.9)
+    assert made.decide(100.0) is Decision.TAKE_OVER
+    made.hear_heartbeat("third", 51, 99.9)
+    assert made.decide(100.0) is Decision.WAIT, "a newer term is under way"
+    assert made.decide(102.0) is Decision.TAKE_OVER
+
+
+def test_its_last_heartbeat_is_enough_where_the_record_could_not_be_written():
+    made = watch()
+    made.hear_heartbeat("other", 50, 99.9)
+    made.hear_leaving(49)
+    assert made.decide(100.0) is Decision.WAIT
+    made.hear_leaving(50)
+    assert made.decide(100.0) is Decision.TAKE_OVER
+
+
+async def test_a_standby_takes_over_from_a_leader_that_leaves_within_a_moment():
+    broker = MemoryBroker()
+    buses = [broker.connect(name) for name in "ab"]
+    terms = [Leadership(bus, "m", name) for bus, name in zip(buses, "ab", strict=True)]
+    tasks = [asyncio.create_task(terms[0].run())]
+    try:
+        await until(lambda: terms[0].epoch > 0)
+        tasks.append(asyncio.create_task(terms[1].run()))
+        await asyncio.sleep(0.05)
+        terms[1].hear_heartbeat("a", terms[0].epoch)
+        epoch, began_s = terms[0].epoch, time.monotonic()
+        await terms[0].leave()
+        assert terms[0].epoch == 0
+        terms[1].hear_heartbeat("a", epoch, is_leaving=True)
+        await until(lambda: terms[1].epoch > epoch)
+        assert time.monotonic() - began_s < 0.3
+        third = Leadership(buses[0], "m", "c")
+        await terms[1].leave()
+        tasks.append(asyncio.create_task(third.run()))
+        began_s = time.monotonic()
+        await until(lambda: third.epoch > epoch + 1)
+        assert time.monotonic() - began_s < 0.3, "nobody stood by: the next one to come need not wait"
+        third.close()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def until(condition):
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 (any condition)
+            await asyncio.sleep(0.005)

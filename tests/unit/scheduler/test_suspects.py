@@ -199,3 +199,23 @@ def test_an_executor_that_comes_back_alive_clears_those_it_was_given_up_with():
     cleared = {message.request_id for message in told if isinstance(message, Accepted) and message.is_cleared}
     assert cleared == {"early", "late"}
     assert not any(row.request.is_suspect for row in rig.core._book.lobby.queue)
+
+
+def test_nobody_is_condemned_for_what_a_newcomer_does():
+    """Whoever starts beside a suspect under test may be to blame as well: it waits, or the death blames all.
+
+    Found by the simulation: a poison request that always arrived beside a suspect was never suspected itself.
+    """
+
+    def poison(row):
+        return row.start.request_id.startswith("p")
+
+    rig = Deaths(1, poison)
+    for i in range(6):
+        rig.ask(f"r{i}", prompt_of(i), 60)
+    for i in range(3):
+        for _ in range(15):
+            rig.turn()
+        rig.ask(f"p{i}", prompt_of(20 + i), 60)
+    rig.run()
+    check(rig, poisoned=("p0", "p1", "p2"))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pagebus.bus.messages import Failed, PoolGroup
+from pagebus.bus.messages import Failed, Hello, PoolGroup
 from pagebus.scheduler.actions import Probe
 from tests.unit.scheduler.model_executor import expected_ids
 from tests.unit.scheduler.rig import Rig, executor
@@ -98,14 +98,80 @@ def test_a_stuck_executor_says_hello_and_is_given_up_and_gets_nothing_until_it_m
     assert rig.core._executors[other].rows == {}
 
 
-def test_one_whose_pace_is_unknown_may_be_compiling():
+def is_given_up(rig):
+    rig.plan()
+    return bool(failures(rig))
+
+
+def progressing(rig, seconds, *, each_s, state="serving", slowest_ms=0):
+    """Hellos each second whose counter rises every `each_s`, and no step ends."""
+    (name,) = rig.executors
+    began_s = rig.now
+    while rig.now - began_s < seconds:
+        rig.now += 0.1
+        if round((rig.now - began_s) * 10) % 10 == 0:
+            hello = rig.executors[name].hello()
+            fields = {field: getattr(hello, field) for field in hello.__struct_fields__}
+            fields["progress"] = 1 + int((rig.now - began_s) / each_s)
+            rig.core.on_hello(Hello(**{**fields, "state": state, "slowest_ms": slowest_ms}), rig.now)
+        rig.core.on_tick(rig.now)
+
+
+def test_one_that_gets_on_is_slow_and_not_stuck_however_long_its_step_takes():
+    rig, holder = running()
+    rig.core._executors[holder].pace.step_s = 0.01
+    progressing(rig, 120.0, each_s=1.9)
+    assert not is_given_up(rig)
+    progressing(rig, 5.5, each_s=1e9)
+    assert is_given_up(rig)
+
+
+def test_parts_that_are_known_to_take_long_may_take_long():
+    rig, _ = running()
+    progressing(rig, 60.0, each_s=9.0, slowest_ms=2000)
+    assert not is_given_up(rig)
+    assert rig.core.figures.stalled_ms == 0
+    progressing(rig, 13.0, each_s=1e9, slowest_ms=2000)
+    assert is_given_up(rig)
+
+
+def test_one_that_compiles_is_never_stuck():
+    rig, _ = running()
+    progressing(rig, 300.0, each_s=1e9, state="compiling")
+    assert not is_given_up(rig)
+    assert rig.core.figures.num_loading == 1
+    assert rig.core.figures.stalled_ms == 0
+
+
+def test_before_anything_is_known_of_it_a_part_may_take_five_seconds():
     rig, holder = running()
     assert rig.core._executors[holder].pace.step_s == 0.0
-    wait(rig, 50.0, says_hello=True)
-    assert failures(rig) == []
-    wait(rig, 11.0, says_hello=True)
-    rig.plan()
-    assert len(failures(rig)) == 1
+    wait(rig, 4.8, says_hello=True)
+    assert not is_given_up(rig)
+    wait(rig, 0.5, says_hello=True)
+    assert is_given_up(rig)
+
+
+@pytest.mark.parametrize("says_hello", [True, False])
+def test_work_that_nobody_does_is_told_with_its_time(says_hello):
+    rig, holder = running()
+    rig.core._executors[holder].pace.step_s = 0.01
+    assert rig.core.figures.stalled_ms == 0
+    for _ in range(70):
+        wait(rig, 0.1, says_hello=says_hello)
+        rig.plan()  # requesters ask again, and wait
+    assert 6500 <= rig.core.figures.stalled_ms <= 7500
+    loading = Hello(executor="new", model="m", pool=(), max_model_len=0, state="loading")
+    rig.core.on_hello(loading, rig.now)
+    wait(rig, 1.0, says_hello=says_hello)
+    assert rig.core.figures.stalled_ms == 0, "one is on its way"
+    for _ in range(40):
+        wait(rig, 0.1, says_hello=says_hello)
+        rig.plan()
+    assert 0 < rig.core.figures.stalled_ms < 4500, "it is not: time counts from when it was heard last"
+    rig.core.on_reconnect(rig.now)
+    rig.core.on_tick(rig.now)
+    assert rig.core.figures.stalled_ms < 100, "we were away ourselves"
 
 
 def test_an_idle_executor_is_never_stuck():

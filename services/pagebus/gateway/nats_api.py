@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, TypeVar
 
@@ -20,6 +19,7 @@ from pagebus.bus.messages import ApiAlive, ApiCancel, ApiEvent
 from pagebus.bus.protocol import Bus, BusError, Msg, Subscription
 from pagebus.gateway import chat, completions, errors
 from pagebus.gateway.api_events import done_event, error_event, only_the_end, prompt_events, tokens_event
+from pagebus.gateway.api_outbox import ApiOutbox, Readers
 from pagebus.gateway.context import GatewayContext
 from pagebus.gateway.event_ids import OPEN, Sent
 from pagebus.gateway.generation import Generation
@@ -48,8 +48,6 @@ _log = logging.getLogger(__name__)
 
 MAX_LIVE = 4096
 """Most requests of NATS clients that one gateway runs at once."""
-MAX_UNSENT = 100_000
-"""Most events that wait to be published; beyond it they are dropped, and readers see a gap."""
 ALIVE_INTERVAL_S = 5.0
 
 _Request = TypeVar("_Request")
@@ -88,13 +86,12 @@ class NatsApi:
         self._model = model
         self._live: dict[str, _Live] = {}
         self._joining: dict[str, _Live] = {}  # reads again what was missed, while another gateway owns it
-        self._unsent: deque[tuple[str, bytes]] = deque()
-        self._wake = asyncio.Event()
+        self._outbox = ApiOutbox(bus)
+        self._readers = Readers(bus)
         self._tasks: set[asyncio.Task[None]] = set()
         self._subscriptions: list[Subscription] = []
         self._chat = msgspec.json.Decoder(ChatRequest)
         self._completion = msgspec.json.Decoder(CompletionRequest)
-        self.num_dropped = 0
 
     async def start(self) -> None:
         """Subscribe, and start publishing."""
@@ -104,7 +101,7 @@ class NatsApi:
             await self._bus.subscribe(generate, self._on_request, queue=queue),
             await self._bus.subscribe(cancel, self._on_cancel),
         ]
-        self._keep(self._publish())
+        self._keep(self._outbox.run())
         self._keep(self._stay_alive())
 
     async def leave(self) -> None:
@@ -339,38 +336,19 @@ class NatsApi:
 
     def _answer(self, msg: Msg, event: ApiEvent) -> None:
         if msg.reply:
-            self._put(msg.reply, event)
+            self._outbox.put(msg.reply, event)
 
     def _send(self, identity: str, event: ApiEvent) -> None:
-        self._put(subjects.stream(identity), event)
-
-    def _put(self, subject: str, event: ApiEvent) -> None:
-        if len(self._unsent) >= MAX_UNSENT:
-            self.num_dropped += 1
-            return
-        self._unsent.append((subject, msgspec.json.encode(event)))
-        self._wake.set()
-
-    async def _publish(self) -> None:
-        """One publisher for all streams keeps their events in order."""
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._unsent:
-                subject, data = self._unsent.popleft()
-                try:
-                    await self._bus.publish(subject, data)
-                except (BusError, ValueError):  # not connected, or a reply subject that nobody may use
-                    self.num_dropped += 1
+        self._outbox.put(subjects.stream(identity), event)
 
     async def _stay_alive(self) -> None:
+        """A sign of life to every reader; streams that nobody reads end, and their blocks are free."""
         while True:
-            await asyncio.sleep(1.0)
-            now = time.monotonic()
-            for identity, live in self._live.items():
-                if now - live.last_sent_s >= ALIVE_INTERVAL_S:
-                    live.last_sent_s = now
-                    self._send(identity, ApiAlive(id=identity))
+            await asyncio.sleep(ALIVE_INTERVAL_S)
+            for identity in await self._readers.unread(self._live.keys()):
+                if (live := self._live.get(identity)) is not None:
+                    _log.info("nobody reads the stream of a NATS client: it ends")
+                    self._drop(identity, live)
 
 
 _CANCELLED = errors.ApiError(499, "the request was cancelled", code="cancelled")

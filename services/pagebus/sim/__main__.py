@@ -1,39 +1,55 @@
-"""`python -m pagebus.sim [--seeds 100] [--first 0] [--requests 30]`: run seeds one after the other, and stop
-at the first that breaks a rule. The same seed breaks it again.
+"""`python -m pagebus.sim --seeds 100000 [--first 0] [--jobs 2] [--requests 30]`: that many seeded runs.
+
+`--seed 17 -v` is one run, and what happened in it; the same each time. Exit code 1 where a rule was broken.
 """
 
 import argparse
 import logging
 import sys
 import time
+import traceback
 
-from pagebus.sim.world import ViolationError, run
+from pagebus.sim.many import Summary, run_many
+from pagebus.sim.world import run
 
 
 def main() -> int:
-    """The exit code: 1 where a seed broke a rule."""
+    """The exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=100)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--requests", type=int, default=30)
+    parser.add_argument("--seeds", type=int, default=100, help="how many")
+    parser.add_argument("--first", type=int, default=0, help="the first of them")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that run seeds at the same time")
+    parser.add_argument("--requests", type=int, help="requests a run, instead of what the seed says")
+    parser.add_argument("--seed", type=int, help="this one only")
+    parser.add_argument("-v", "--verbose", action="store_true", help="with --seed: tell what happens")
     arguments = parser.parse_args()
-    logging.disable(logging.ERROR)
+    if arguments.seed is not None:
+        return _run_one(arguments.seed, arguments.requests, is_told=arguments.verbose)
+    logging.disable(logging.CRITICAL)
     began_s = time.perf_counter()
-    num_faults = 0
-    longest_s = 0.0
-    for seed in range(arguments.first, arguments.first + arguments.seeds):
-        try:
-            outcome = run(seed, arguments.requests)
-        except ViolationError as error:
-            print(f"seed {seed}: {error}", file=sys.stderr)
-            return 1
-        num_faults += outcome.num_faults
-        longest_s = max(longest_s, outcome.end_s)
-    print(
-        f"{arguments.seeds} seeds, {arguments.seeds * arguments.requests} requests, {num_faults} faults: "
-        f"every request ended once with its own ids, at the latest after {longest_s:.1f} s "
-        f"({time.perf_counter() - began_s:.0f} s)"
-    )
+    total = Summary()
+    seeds = range(arguments.first, arguments.first + arguments.seeds)
+    for summary in run_many(seeds, arguments.requests, num_jobs=arguments.jobs):
+        for seed, error in summary.failed:
+            print(f"seed {seed}: {error}", file=sys.stderr, flush=True)
+        total.add(summary)
+        if total.num_seeds % max(100, len(seeds) // 20) < summary.num_seeds:
+            print(f"{total.num_seeds} of {len(seeds)} seeds, {len(total.failed)} failed", file=sys.stderr)
+    print(total.text(time.perf_counter() - began_s))
+    return 1 if total.failed else 0
+
+
+def _run_one(seed: int, num_requests: int | None, *, is_told: bool) -> int:
+    if is_told:
+        logging.basicConfig(format="           %(name)s: %(message)s", stream=sys.stdout, level=logging.INFO)
+    else:
+        logging.disable(logging.CRITICAL)
+    try:
+        outcome = run(seed, num_requests, is_told=is_told)
+    except Exception:
+        traceback.print_exc(limit=-8)
+        return 1
+    print(outcome)
     return 0
 
 

@@ -1,246 +1,311 @@
 """One simulated run: requesters, schedulers and executors on a bus that loses, doubles, delays and cuts, and
-processes that die and come back. Everything is drawn from one seed; what must hold is checked all along.
+processes that die, stand still and come back. Everything is drawn from one seed; what must hold is checked
+all along.
 """
 
 import asyncio
 import random
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections import Counter
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from pathlib import Path
 from unittest import mock
 
-from pagebus.bus.faults import SeededFaults
-from pagebus.bus.memory import MemoryBroker, MemoryBus
-from pagebus.bus.messages import Sampling
-from pagebus.executor import service as executor_service
-from pagebus.executor.batch import Runner
-from pagebus.executor.fake import FakeModel, FakeRunner, fake_sequence
-from pagebus.executor.step_loop import Event
-from pagebus.requester.client import Requester
-from pagebus.requester.events import NewTokens, RequestFailed, RequestSpec
-from pagebus.scheduler import service as scheduler_service
-from pagebus.settings.structs import ExecutorSettings, SchedulerSettings
-from pagebus.sim import virtual_time
-from pagebus.sim.timed_steps import TimedSteps
+from pagebus.bus.memory import MemoryBroker
+from pagebus.executor.fake import FakeModel
+from pagebus.executor.lease import LaunchedStep
+from pagebus.requester.client import Ticket
+from pagebus.requester.events import Event, RequestFailed
+from pagebus.sim import checks, virtual_time
+from pagebus.sim.bad_bus import BadBus
+from pagebus.sim.client import LATE_S, Client, Manner, ViolationError, draw_clients
+from pagebus.sim.history import History
+from pagebus.sim.processes import Process, Processes
+from pagebus.sim.scenario import Scenario, draw
+from pagebus.sim.timed_steps import StepFate
+from pagebus.sim.trouble import Trouble
 
-MODEL = "sim"
-NUM_BLOCKS = 96
-TROUBLE_S = 12.0
-"""Faults happen until then; after it everybody is up and the bus is healthy."""
-DEADLINE_S = 300.0
+__all__ = ["Outcome", "ViolationError", "run"]
+
+BAD_BUS_S = 3.0
+"""So long after the last fault the bus still loses and delays."""
+END_S = 75.0
+"""So long after all is well the last request ends, at the latest."""
+IDLE_S = 30.0
+"""... and so long after that nothing is held for anybody."""
+WATCH_INTERVAL_S = 0.05
 EPOCH_S = 1.7e9
-
-
-class ViolationError(AssertionError):
-    """Something happened that must never happen."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run was like."""
+    """What a run was like. Times are virtual seconds."""
 
     seed: int
     num_requests: int
     num_faults: int
-    end_s: float  # of virtual time, when the last request ended
-
-
-@dataclass
-class _Process:
-    bus: MemoryBus
-    task: asyncio.Task[None]
-    steps: TimedSteps | None = None
-
-
-class _Faults:
-    """Seeded single faults, and processes that nobody hears or that hear nobody."""
-
-    def __init__(self, seed: int, rng: random.Random) -> None:
-        self.cut: set[str] = set()
-        self.deaf: set[str] = set()
-        self.is_healthy = False
-        self._single = SeededFaults(
-            seed,
-            loss=rng.choice((0.0, 0.01, 0.05)),
-            duplication=rng.choice((0.0, 0.05)),
-            delay=rng.choice((0.0, 0.1, 0.5)),
-            max_delay_s=rng.choice((0.01, 0.2)),
-        )
-
-    def delays_s(self, subject: str, sender: str, receiver: str) -> Sequence[float]:
-        if sender in self.cut or receiver in self.deaf:
-            return ()
-        return (0.0,) if self.is_healthy else self._single.delays_s(subject, sender, receiver)
-
-
-@dataclass
-class _Request:
-    spec: RequestSpec
-    gateway: str
-    expected: list[list[int]]
-    received: list[list[int]] = field(default_factory=list)
-    num_ends: int = 0
+    num_attempts: int
+    num_preemptions: int
+    num_terms: int
+    num_moved: int  # requests that another owner went on with
+    end_s: float  # when the last request ended, after all was well again
+    idle_s: float  # when nothing was held any more, after that
+    digest: str  # of every message
+    faults: Counter[str] = field(compare=False)
+    ends: Counter[str] = field(compare=False)  # how requests ended
 
 
 class World:
-    """All processes of a run, by name."""
+    """Everything of a run."""
 
-    def __init__(self, seed: int) -> None:
-        self.rng = random.Random(seed)  # noqa: S311
-        self.faults = _Faults(seed, self.rng)
-        self.broker = MemoryBroker(faults=self.faults)
-        self.model = FakeModel(windows=self.rng.choice(((None,), (None, 40))))
-        self.processes: dict[str, _Process] = {}
-        self.requesters: dict[str, Requester] = {}
-        self.num_faults = 0
-        self._horizon = self.rng.choice((0, 1, 3, 8))
-        self._seed = seed
+    def __init__(self, seed: int, num_requests: int | None, *, is_told: bool) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._rng = random.Random(seed)  # noqa: S311
+        self.scenario: Scenario = draw(self._rng, num_requests)
+        self.history = History(self._loop.time, is_told=is_told)
+        self._bus = BadBus(self._rng, self.scenario)
+        self.broker = MemoryBroker(faults=self._bus)
+        self.broker.on_publish = self.history.take
+        model = FakeModel(windows=self.scenario.windows)
+        self.clients = draw_clients(self._rng, self.scenario, model)
+        self._by_name = {client.name: client for client in self.clients}
+        self.processes = Processes(
+            self.broker,
+            self.scenario,
+            model,
+            random.Random(self._rng.getrandbits(32)),  # noqa: S311
+            fate=self._fate_of,
+            on_death=self._die,
+            on_exit=self._replace,
+            on_gateway=self._welcome,
+        )
+        self.trouble = Trouble(
+            random.Random(self._rng.getrandbits(32)),  # noqa: S311
+            self.scenario,
+            self.processes,
+            self._bus,
+            self.broker,
+            self.history,
+            self._orphan,
+        )
+        self._tickets: dict[str, Ticket] = {}
+        self._taps: list[checks.Tap] = []
+        self._violation: ViolationError | None = None
+        self.healthy_s = float("inf")
+        self.num_moved = 0
+        self.num_deaths_of_poison = 0
 
     # -- processes -------------------------------------------------------------------------------------------
 
-    def start_scheduler(self, name: str) -> None:
-        bus = self.broker.connect(name)
-        settings = SchedulerSettings(model=MODEL, horizon=self._horizon, max_num_batched_tokens=64)
-        run = scheduler_service.run(settings, bus, name, asyncio.Event())
-        self.processes[name] = _Process(bus, _task(run))
+    def start(self) -> None:
+        """Every process, the requests and the trouble begin."""
+        scenario, loop = self.scenario, self._loop
+        for letters, num in (
+            ("sched", scenario.num_schedulers),
+            ("ex", scenario.num_executors),
+            ("gw", scenario.num_gateways),
+        ):
+            for number in range(num):
+                self.processes.start(f"{letters}{number}")
+        for client in self.clients:
+            client.begin()
+            loop.call_at(client.start_s, self._submit, client)
 
-    def start_executor(self, name: str) -> None:
-        bus = self.broker.connect(name)
-        loop = asyncio.get_running_loop()
-        steps = TimedSteps(name, self._build, loop=loop)
+    def _fate_of(self, name: str, step: LaunchedStep) -> StepFate:
+        if name in self.trouble.hanging:
+            self.trouble.hanging.discard(name)
+            return StepFate.HANG
+        for row, asked in zip(step.rows, step.inputs, strict=True):
+            client = self._by_name[row.start.request_id]
+            if asked.is_sampled and asked.choice == 0 and asked.index == client.poison_index:
+                self.history.say(f"{name} dies of {client.name}")
+                self.num_deaths_of_poison += 1
+                return StepFate.DIE
+        return StepFate.FINE
 
-        def make(
-            executor: str,
-            build: Callable[[], Runner],
-            on_event: Callable[[Event], None],
-            *,
-            loop: asyncio.AbstractEventLoop,
-        ) -> TimedSteps:
-            steps.on_event = on_event
-            return steps
+    def _die(self, name: str) -> None:
+        """From within a process, whose context must not be that of what follows."""
+        self._loop.call_soon(lambda: self.trouble.kill(name, is_own_fault=True), context=checks.NOBODY.copy())
 
-        settings = ExecutorSettings(model=MODEL, fake=True)
-        run = executor_service.run(
-            settings, bus, Path(), name, asyncio.Event(), clock=loop.time, make_steps=make
-        )
-        self.processes[name] = _Process(bus, _task(run), steps)
-
-    def _build(self) -> Runner:
-        return FakeRunner(self.model, num_blocks=NUM_BLOCKS, max_model_len=256)
-
-    def kill(self, name: str) -> None:
-        """As SIGKILL does: nothing is sent any more, nothing is received."""
-        process = self.processes.pop(name)
-        process.bus.disconnect()
-        if process.steps is not None:
-            process.steps.die()
-        process.task.cancel()
-
-    def _start(self, name: str) -> None:
-        (self.start_executor if name.startswith("ex") else self.start_scheduler)(name)
-
-    # -- trouble ---------------------------------------------------------------------------------------------
-
-    async def trouble(self) -> None:
-        """Faults at random times; at the end all is well again."""
-        loop = asyncio.get_running_loop()
-        while loop.time() < TROUBLE_S:
-            await asyncio.sleep(self.rng.expovariate(1.0))
-            name = self.rng.choice(sorted(self.processes) or ["ex0"])
-            self.num_faults += 1
-            match self.rng.randrange(4):
-                case 0:
-                    if name in self.processes:
-                        self.kill(name)
-                        loop.call_later(self.rng.uniform(0.1, 4.0), self._revive, name)
-                case 1:
-                    if name in self.processes:
-                        bus = self.processes[name].bus
-                        bus.disconnect()
-                        loop.call_later(self.rng.uniform(0.1, 4.0), bus.reconnect)
-                case 2:
-                    self._cut(self.faults.cut, name)
-                case _:
-                    self._cut(self.faults.deaf, name)
-        await asyncio.sleep(5.0)
-        self.faults.is_healthy = True
-
-    def _revive(self, name: str) -> None:
-        if name not in self.processes:
-            self._start(name)
-
-    def _cut(self, names: set[str], name: str) -> None:
-        """One way only: it is not heard, or hears nobody."""
-        names.add(name)
-        asyncio.get_running_loop().call_later(self.rng.uniform(0.1, 4.0), names.discard, name)
+    def _replace(self, process: Process) -> None:
+        self.trouble.replace(process)
 
     # -- requests --------------------------------------------------------------------------------------------
 
-    def draw_request(self, number: int) -> _Request:
-        prompt = [self.rng.randrange(3) for _ in range(self.rng.randint(1, 50))]
-        spec = RequestSpec(
-            request_id=f"q{number}",
-            prompt=prompt,
-            num_choices=self.rng.choice((1, 1, 2)),
-            max_tokens=self.rng.randint(1, 120),
-            sampling=Sampling(temperature=self.rng.choice((0.0, 1.0)), seed=number),
-            priority=self.rng.choice((0, 0, 1)),
-            tenant=self.rng.choice(("", "t")),
-            timeout_s=DEADLINE_S,
-        )
-        expected = [
-            fake_sequence(prompt, spec.max_tokens, model=self.model, sampling=spec.sampling, choice=choice)
-            for choice in range(spec.num_choices)
+    def _submit(self, client: Client) -> None:
+        """Ask through any gateway; where there is none, try again soon."""
+        if not client.is_open or client.asked_term == client.term:
+            return
+        gateways = [
+            process
+            for name in self.processes.names("gw")
+            if (process := self.processes.live[name]).requester is not None
+            and not process.stop.is_set()
+            and not process.owner.is_stopped
         ]
-        return _Request(spec, self.rng.choice(sorted(self.requesters)), expected)
+        if not gateways:
+            self._loop.call_later(0.2, self._submit, client)
+            return
+        process = self._rng.choice(gateways)
+        term = client.asked_term = client.term
+        client.gateway = process.name
+        now_s = self._loop.time()
+        if term == 0:
+            client.deadline_s = now_s + client.spec.timeout_s
+        spec = checks.spec_of_term(client, max(0.001, client.deadline_s - now_s))
+        process.context.run(self._ask, client, term, process, spec)
+        if client.manner is Manner.CANCELS and term == 0:
+            self._loop.call_later(client.patience_s, self._cancel, client)
 
-    async def follow(self, request: _Request, start_s: float) -> None:
-        """Send it at its time, and check each id that comes."""
-        await asyncio.sleep(start_s)
-        request.received = [[] for _ in request.expected]
-        name, ended = request.spec.request_id, 0
-        async for event in self.requesters[request.gateway].generate(request.spec):
-            match event:
-                case RequestFailed():
-                    raise ViolationError(f"{name} failed: {event.code}: {event.message}")
-                case NewTokens():
-                    received = request.received[event.choice]
-                    if event.index != len(received):
-                        raise ViolationError(f"{name}: index {event.index} after {len(received)} ids")
-                    received.extend(event.ids)
-                    if received != request.expected[event.choice][: len(received)]:
-                        raise ViolationError(f"{name} choice {event.choice}: wrong ids at {event.index}")
-                    ended += event.finish_reason is not None
-        if ended != len(request.expected) or request.received != request.expected:
-            raise ViolationError(f"{name} ended {ended} of {len(request.expected)} choices")
-        request.num_ends += 1
+    def _ask(self, client: Client, term: int, process: Process, spec: checks.RequestSpec) -> None:
+        requester = process.requester
+        if requester is None:
+            return
+        requester.release(client.name)  # of an earlier term
+        self._tickets[client.name] = requester.submit(spec, lambda event: self._take(client, term, event))
+
+    def _welcome(self, process: Process) -> None:
+        tap = checks.tap_rows(self.broker, process)
+        if tap is not None:
+            self._taps.append(tap)
+        if process.requester is not None:
+            process.requester.on_doubt = lambda request_id: self._doubt(process, request_id)
+
+    def _doubt(self, process: Process, request_id: str) -> None:
+        """As stored streams do: who finds that another one owns the request lets go of it."""
+        if process.requester is not None and self._by_name[request_id].gateway != process.name:
+            process.requester.release(request_id)
+
+    def _take(self, client: Client, term: int, event: Event) -> None:
+        if term != client.term:
+            return  # its owner does not know yet that it is none
+        try:
+            failure = client.take(event, self._loop.time())
+            if failure is not None:
+                self._judge(client, failure)
+        except ViolationError as violation:
+            self._violation = self._violation or violation
+            return
+        is_due = client.manner is Manner.ENDS_CHOICE and len(client.received[0]) >= client.end_at
+        if is_due and client.ended_s is None and client.finishes[0] is None:
+            self._loop.call_soon(self._end_choice, client, term)
+
+    def _end_choice(self, client: Client, term: int) -> None:
+        if client.is_open and client.term == term and client.finishes[0] is None:
+            client.finishes[0] = "stop"
+            self._tickets[client.name].end_choice(0)
+            if all(client.finishes):
+                client.ended_s = self._loop.time()
+
+    def _cancel(self, client: Client) -> None:
+        process = self.processes.live.get(client.gateway)
+        if not client.is_open or process is None or process.owner.is_stopped:
+            return
+        client.ended_s, client.failure = self._loop.time(), "cancelled"
+        process.context.run(self._tickets[client.name].cancel)
+
+    def _judge(self, client: Client, failure: RequestFailed) -> None:
+        """A failure must be legitimate in this world."""
+        requester_attempt = self._tickets[client.name]._live.state.attempt
+        why = checks.is_legitimate(
+            client,
+            failure,
+            attempt=requester_attempt,
+            scenario=self.scenario,
+            num_executor_faults=self.trouble.num_executor_faults,
+            now_s=self._loop.time(),
+        )
+        if not why:
+            raise ViolationError(f"{client.name} failed: {failure.code}: {failure.message}")
+
+    def _orphan(self, gateway: str) -> None:
+        """A gateway is gone: half of its clients go on at another one, with what they have."""
+        for client in self.clients:
+            if client.gateway != gateway or not client.is_open:
+                continue
+            client.term += 1
+            if self._rng.random() < 0.3:
+                client.is_orphan = True
+                continue
+            self.num_moved += 1
+            self._loop.call_later(self._rng.uniform(0.0, 2.0), self._submit, client)
+
+    def _move(self) -> None:
+        """An owner that stands still may lose a request to another one."""
+        for client in self.clients:
+            process = self.processes.live.get(client.gateway)
+            if client.is_open and process is not None and process.owner.is_stopped:
+                client.term += 1
+                self.num_moved += 1
+                self._loop.call_soon(self._submit, client)
+
+    # -- checks ----------------------------------------------------------------------------------------------
 
     async def watch(self) -> None:
-        """All along: an executor holds each choice of a request once."""
+        """All along."""
+        num_looks = 0
         while True:
-            await asyncio.sleep(0.05)
-            for name, process in self.processes.items():
-                rows = process.steps.live_choices if process.steps else []
-                if len(set(rows)) != len(rows):
-                    raise ViolationError(f"{name} runs a choice twice: {sorted(rows)}")
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            num_looks += 1
+            self.check(is_thorough=num_looks % 4 == 0)
+            if num_looks % 40 == 0:
+                self._move()
+
+    def check(self, *, is_thorough: bool) -> None:
+        """Raises `ViolationError`."""
+        if self._violation is not None:
+            raise self._violation
+        now_s = self._loop.time()
+        checks.check_executors(self.processes)
+        if self.scenario.is_orderly:
+            checks.check_orphans(self.processes, now_s)
+        for tap in self._taps:
+            if tap.flaw is not None:
+                raise ViolationError(tap.flaw)
+        if is_thorough:
+            self.processes.check()
+            checks.check_books(self.processes)
+        for client in self.clients:
+            if client.is_open and client.gateway and now_s > client.deadline_s + LATE_S:
+                process = self.processes.live.get(client.gateway)
+                if process is not None and not process.owner.is_stopped and client.term == 0:
+                    raise ViolationError(f"{client.name} did not end at its deadline")
+        if now_s > self.healthy_s + END_S and any(client.is_open for client in self.clients):
+            names = [client.name for client in self.clients if client.is_open]
+            left = checks.leftovers(self.processes, self.scenario)
+            raise ViolationError(f"{names} did not end in {END_S} s after all was well; {left}")
+
+    async def all_ended(self) -> None:
+        """Until every request has ended or was left alone."""
+        while any(client.is_open for client in self.clients):  # noqa: ASYNC110 - virtual seconds
+            await asyncio.sleep(WATCH_INTERVAL_S)
 
     async def settled(self) -> None:
-        """At the end every block is free."""
-        beats = [requester.heartbeat for requester in self.requesters.values()]
-        for _ in range(600):
+        """Nothing is held for anybody any more."""
+        end_s = self._loop.time() + IDLE_S
+        while left := checks.leftovers(self.processes, self.scenario):
+            if self._loop.time() > end_s:
+                raise ViolationError(f"held on an idle system: {left}")
             await asyncio.sleep(0.1)
-            beats = [requester.heartbeat for requester in self.requesters.values()]
-            if all(
-                beat and beat.num_executors == 2 and beat.num_running == beat.num_waiting == 0
-                and beat.num_free_blocks == beat.num_blocks
-                for beat in beats
-            ):  # fmt: skip
-                return
-        raise ViolationError(f"blocks are in use on an idle system: {beats}")
+
+    async def play(self) -> None:
+        """The run itself, without the watching."""
+        await self.trouble.run()
+        await asyncio.sleep(BAD_BUS_S)
+        self._bus.heal()
+        self.broker.store.is_available = True
+        self.broker.store.delay_s = 0.0
+        self.history.say("all is well")
+        await asyncio.sleep(4.0)  # who stands still or is to be started does so for less
+        self.healthy_s = self._loop.time()
+        await self.all_ended()
+        self.end_s = self._loop.time()
+        await self.settled()
+        self.idle_s = self._loop.time()
+        self.check(is_thorough=True)
 
 
-async def _run(seed: int, num_requests: int) -> Outcome:
+async def _run(seed: int, num_requests: int | None, is_told: bool) -> Outcome:
     loop = asyncio.get_running_loop()
 
     def wall_s() -> float:
@@ -250,46 +315,46 @@ async def _run(seed: int, num_requests: int) -> Outcome:
         mock.patch.object(time, "monotonic", loop.time),
         mock.patch.object(time, "time", wall_s),
     ):
-        world = World(seed)
-        for name in ("sched0", "sched1"):
-            world.start_scheduler(name)
-        for name in ("ex0", "ex1"):
-            world.start_executor(name)
-        for name in ("gw0", "gw1"):
-            made = Requester(world.broker.connect(name), model=MODEL, instance=name, rng=random.Random(seed))  # noqa: S311
-            await made.start()
-            world.requesters[name] = made
-        requests = [world.draw_request(number) for number in range(num_requests)]
-        watching, trouble = _task(world.watch()), _task(world.trouble())
-        follow = [world.follow(request, world.rng.uniform(0.0, TROUBLE_S)) for request in requests]
-        following = _task(_all(follow))
-        done, _ = await asyncio.wait({watching, following}, return_when=asyncio.FIRST_COMPLETED)
-        for each in done:
-            each.result()
-        end_s = loop.time()
-        await trouble
-        await world.settled()
-        watching.cancel()
-        for name in sorted(world.processes):
-            world.kill(name)
-        for made in world.requesters.values():
-            await made.close()
+        world = World(seed, num_requests, is_told=is_told)
+        if is_told:
+            world.history.say(str(world.scenario))
+        try:
+            world.start()
+            watching, playing = _task(world.watch()), _task(world.play())
+            done, _ = await asyncio.wait({watching, playing}, return_when=asyncio.FIRST_COMPLETED)
+            watching.cancel()
+            for each in done:
+                each.result()
+            return _outcome(seed, world)
+        finally:
+            world.processes.end_all()
+
+
+def _outcome(seed: int, world: World) -> Outcome:
+    processes = world.processes.live.values()
+    faults = world.history.counts
     return Outcome(
         seed=seed,
-        num_requests=num_requests,
-        num_faults=world.num_faults,
-        end_s=end_s,
+        num_requests=len(world.clients),
+        num_faults=faults.total(),
+        num_attempts=world.history.num_attempts,
+        num_preemptions=sum(
+            process.scheduler.core.figures.num_preemptions for process in processes if process.scheduler
+        ),
+        num_terms=world.history.num_terms,
+        num_moved=world.num_moved,
+        end_s=world.end_s - world.healthy_s,
+        idle_s=world.idle_s - world.end_s,
+        digest=world.history.digest,
+        faults=faults,
+        ends=Counter(client.ending for client in world.clients),
     )
 
 
-def run(seed: int, num_requests: int = 30) -> Outcome:
+def run(seed: int, num_requests: int | None = None, *, is_told: bool = False) -> Outcome:
     """One run. Raises `ViolationError`; the same seed raises it again."""
-    return virtual_time.run(_run(seed, num_requests))
+    return virtual_time.run(_run(seed, num_requests, is_told))
 
 
 def _task(work: Coroutine[object, object, None]) -> asyncio.Task[None]:
     return asyncio.get_running_loop().create_task(work)
-
-
-async def _all(work: Sequence[Coroutine[object, object, None]]) -> None:
-    await asyncio.gather(*work)

@@ -197,7 +197,7 @@ async def _answer(
         if admission.job.is_stream:
             await _stream(context, admission, run, position, scope, receive, send)
         else:
-            await _whole(context, admission, run, receive, send)
+            await _whole(context, admission, run, scope, receive, send)
     finally:
         run.cancel()
         if run.failure is not None and admission.relay is not None and context.streams is not None:
@@ -214,7 +214,12 @@ async def _resumable(context: GatewayContext, admission: Admission) -> list[tupl
 
 
 async def _whole(
-    context: GatewayContext, admission: Admission, run: JobRun, receive: Receive, send: Send
+    context: GatewayContext,
+    admission: Admission,
+    run: JobRun,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
 ) -> None:
     job = admission.job
     whole = WholeAnswer(job)
@@ -235,7 +240,13 @@ async def _whole(
         raise run.failure
     if is_gone:
         raise ClientGoneError
-    await send_bytes(send, 200, job.shape.whole(whole.choices, run.usage_now), headers)
+    try:
+        async with asyncio.timeout(context.clock.slow_reader_s):
+            await send_bytes(send, 200, job.shape.whole(whole.choices, run.usage_now), headers)
+    except TimeoutError:  # a client that does not read
+        if abort := (scope.get("extensions") or {}).get(ABORT):
+            abort()
+        raise ClientGoneError from None
 
 
 async def _stream(

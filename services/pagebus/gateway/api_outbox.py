@@ -86,9 +86,7 @@ class Readers:
         for start in range(0, len(waiting), _AT_ONCE):
             await asyncio.gather(*(self._look(identity) for identity in waiting[start : start + _AT_ONCE]))
         now_s = self._clock()
-        return [
-            identity for identity, since_s in self._unread_since_s.items() if now_s - since_s >= UNREAD_S
-        ]
+        return [identity for identity, since_s in self._unread_since_s.items() if now_s - since_s >= UNREAD_S]
 
     async def _look(self, identity: str) -> None:
         sign = msgspec.json.encode(ApiAlive(id=identity))

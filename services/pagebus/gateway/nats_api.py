@@ -7,7 +7,6 @@ side. It knows nothing of HTTP.
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, TypeVar
 
@@ -20,6 +19,7 @@ from pagebus.bus.protocol import Bus, BusError, Msg, Subscription
 from pagebus.gateway import chat, completions, errors
 from pagebus.gateway.api_events import done_event, error_event, only_the_end, prompt_events, tokens_event
 from pagebus.gateway.api_outbox import ApiOutbox, Readers
+from pagebus.gateway.api_told import Ended, Told
 from pagebus.gateway.context import GatewayContext
 from pagebus.gateway.event_ids import OPEN, Sent
 from pagebus.gateway.generation import Generation
@@ -48,7 +48,7 @@ _log = logging.getLogger(__name__)
 
 MAX_LIVE = 4096
 """Most requests of NATS clients that one gateway runs at once."""
-ALIVE_INTERVAL_S = 5.0
+ALIVE_INTERVAL_S = 2.0
 
 _Request = TypeVar("_Request")
 
@@ -67,13 +67,13 @@ class _Head(msgspec.Struct, frozen=True, kw_only=True):
 class _Live:
     """A running request of a NATS client."""
 
-    __slots__ = ("generation", "is_cancelled", "last_sent_s", "relay")
+    __slots__ = ("generation", "is_cancelled", "relay", "told")
 
     def __init__(self, relay: Relay | None = None) -> None:
         self.generation: Generation | None = None
         self.relay = relay  # where it is stored
+        self.told: Told | None = None  # what went to its readers
         self.is_cancelled = False  # before it could start
-        self.last_sent_s = time.monotonic()
 
 
 class NatsApi:
@@ -88,6 +88,7 @@ class NatsApi:
         self._joining: dict[str, _Live] = {}  # reads again what was missed, while another gateway owns it
         self._outbox = ApiOutbox(bus)
         self._readers = Readers(bus)
+        self._ended = Ended()
         self._tasks: set[asyncio.Task[None]] = set()
         self._subscriptions: list[Subscription] = []
         self._chat = msgspec.json.Decoder(ChatRequest)
@@ -156,6 +157,7 @@ class NatsApi:
                     409, f"request {identity} is running already", code="id_in_use", param="id"
                 )
             is_own = True
+            self._ended.forget(identity)
             live = self._live[identity] = _Live()
             try:
                 await self._start(head, msg, live)
@@ -203,6 +205,7 @@ class NatsApi:
             if live.relay is not None:
                 live.relay.on_change = self._changes_of(head.id, live)
                 submit = live.relay.submit
+            live.told = Told(request, details)
             take = self._events_to(head.id, live, details)
             live.generation = context.generations.start(request, take, trace, submit)
             if live.relay is not None and context.streams is not None:
@@ -245,6 +248,9 @@ class NatsApi:
         nothing is known of the request and nothing was missed: it may begin. Raises `ApiError`."""
         context, streams = self._context, self._context.streams
         relay: Relay | None = None
+        running = self._live.get(head.id)
+        if self._tell_again(head.id, self._ended.get(head.id) if running is None else running.told, have):
+            return True
         if streams is not None:
             try:
                 relay = await streams.find_api("", head.id)
@@ -263,6 +269,7 @@ class NatsApi:
         if (former := self._joining.get(head.id)) is not None:
             self._drop(head.id, former)
         live = self._joining[head.id] = _Live(relay)
+        live.told = Told(record.requests[0], record.details)
         relay.on_change = self._changes_of(head.id, live)
         take = self._events_to(head.id, live, record.details, have, head.have_prompt)
         sent = [Sent(OPEN, num_ids) for num_ids in have]
@@ -272,6 +279,14 @@ class NatsApi:
             lambda spec, on_event: relay.submit(spec, Splitter(one_by_one(on_event), sent).take),
         )
         relay.start()
+        return True
+
+    def _tell_again(self, identity: str, told: Told | None, have: list[int]) -> bool:
+        """Repeat from memory what went to the readers of a request that runs here, or ended a moment ago."""
+        if told is None or not told.can_tell(have):
+            return False
+        take = self._events_to(identity, _Live(), told.details, have)
+        self._context.generations.again(told.request, take, told.submit(have)).cancel()
         return True
 
     def _changes_of(self, identity: str, live: _Live) -> Callable[[Change], None]:
@@ -306,9 +321,10 @@ class NatsApi:
         writer = LogprobWriter(self._context.tokenizer.texts, details.as_ids)
 
         def take(event: GenerationEvent) -> None:
-            live.last_sent_s = time.monotonic()
             match event:
                 case TextEvent():
+                    if live.told is not None:
+                        live.told.note(event)
                     if have and event.ids and event.index + len(event.ids) <= have[event.choice]:
                         if event.finish_reason is None:
                             return
@@ -321,6 +337,8 @@ class NatsApi:
                 case Finished():
                     self._send(identity, done_event(identity, event.usage))
                     self._drop(identity, live)
+                    if live.told is not None:
+                        self._ended.add(identity, live.told)
                 case _:
                     self._send(identity, error_event(identity, errors.from_failure(event)))
                     self._drop(identity, live)
@@ -345,7 +363,7 @@ class NatsApi:
         """A sign of life to every reader; streams that nobody reads end, and their blocks are free."""
         while True:
             await asyncio.sleep(ALIVE_INTERVAL_S)
-            for identity in await self._readers.unread(self._live.keys()):
+            for identity in await self._readers.unread(list(self._live)):
                 if (live := self._live.get(identity)) is not None:
                     _log.info("nobody reads the stream of a NATS client: it ends")
                     self._drop(identity, live)

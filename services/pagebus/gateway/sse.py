@@ -182,7 +182,7 @@ class StreamClock:
         """A stream that pauses for `keep_alive_interval_s` gets a comment; a client that takes nothing for
         `slow_reader_s` is cut off."""
         self.keep_alive_interval_s = keep_alive_interval_s
-        self._slow_reader_s = slow_reader_s
+        self.slow_reader_s = slow_reader_s
         self._tick_s = min(_TICK_S, keep_alive_interval_s / 4, slow_reader_s / 4)
         self._streams: set[SseStream] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -202,6 +202,6 @@ class StreamClock:
         loop = asyncio.get_running_loop()
         now_s = loop.time()
         for stream in list(self._streams):
-            stream.tick(now_s, self.keep_alive_interval_s, self._slow_reader_s)
+            stream.tick(now_s, self.keep_alive_interval_s, self.slow_reader_s)
         if self._streams:
             self._timer = loop.call_later(self._tick_s, self._tick)

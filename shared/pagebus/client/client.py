@@ -34,12 +34,15 @@ from pagebus.bus.protocol import (
 from pagebus.client.reading import Reading
 from pagebus.settings.structs import BUNDLED_MODEL_NAME
 
-_SILENCE_S = 15.0
-"""Without any sign of life, which comes every 5 s: the request's gateway may be gone."""
+_SILENCE_S = 6.0
+"""Without any sign of life, which comes every 2 s: the request's gateway may be gone."""
 _GAP_S = 0.3
 _MAX_GAP_PAUSE_S = 5.0
 _RETRY_S = 1.0
 _GIVE_UP_S = 120.0
+_UNKNOWN_S = 10.0
+"""How long gateways may say that they do not know the request: where it could not be stored, only the one
+that runs it does."""
 _ACCEPT_TIMEOUT_S = 5.0
 _MAX_EVENTS_BEHIND = 100_000
 _PASSING = frozenset({"server_shutting_down", "not_ready"})
@@ -193,6 +196,7 @@ class _Follower:
         self._reading = reading
         self._silence_s = silence_s
         self._give_up_s = give_up_s
+        self._unknown_since_s: float | None = None
         self._queue: asyncio.Queue[AnyApiEvent | None] = asyncio.Queue(_MAX_EVENTS_BEHIND)
 
     def take(self, msg: Msg) -> None:
@@ -265,15 +269,24 @@ class _Follower:
         try:
             await self._send(body)
         except GenerationError as error:
-            if error.error.code not in _PASSING:
+            if not self._may_pass(error.error.code):
                 raise
         except BusError:
             pass
         else:
+            self._unknown_since_s = None
             return asyncio.get_running_loop().time()
         await asyncio.sleep(_RETRY_S)
         self.doubt()
         return None
+
+    def _may_pass(self, code: str | None) -> bool:
+        """Whether another gateway, or the same one later, may say something else."""
+        if code != "stream_not_found":
+            return code in _PASSING
+        now_s = asyncio.get_running_loop().time()
+        self._unknown_since_s = now_s if self._unknown_since_s is None else self._unknown_since_s
+        return now_s - self._unknown_since_s < _UNKNOWN_S
 
     async def _send(self, body: dict[str, object]) -> None:
         answer = await self._bus.request(

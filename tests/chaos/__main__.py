@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         beds = Beds(options.logs)
         try:
             for scenario in chosen:
-                row = Row(scenario.name, scenario.words, scenario.bars, scenario.known_miss)
+                row = Row(scenario.name, scenario.words, scenario.bars)
                 rows.append(row)
                 _run(runner, beds, scenario, row, rows, seed, options)
                 verdict = "MISSED" if row.missed else "passed"

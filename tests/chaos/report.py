@@ -45,7 +45,6 @@ class Row:
     name: str
     fault: str
     bars: Sequence[Bar]
-    known_miss: str = ""
     repetitions: list[Repetition] = field(default_factory=list)
     slack: float = 1.0  # for times, on a machine that is busy with other things
     error: str = ""  # why the scenario could not be run to its end
@@ -116,8 +115,6 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         if row.missed:
             lines.append(f"\n{row.name}: missed {'; '.join(row.missed)}")
-            if row.known_miss:
-                lines.append(f"  known: {row.known_miss}")
             lines += [f"  {detail}" for detail in row.details[:_MOST_TOLD]]
     return "\n".join(lines)
 

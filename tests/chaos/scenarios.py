@@ -35,7 +35,6 @@ class Scenario:
     bars: tuple[Bar, ...] = COMPLETE
     extra: MakeExtra = no_extra
     is_quick: bool = True  # part of the short form
-    known_miss: str = ""  # why a bar is missed now and then as of today; the table says so all the same
     num_quick: int = 1  # repetitions there
 
 
@@ -52,8 +51,6 @@ _BUNDLED = Layout(executors=2, schedulers=2, is_bundled=True)
 _FEW = Shape(num_streams=24, num_tokens=(60, 150), moment_s=(0.5, 2.0))
 _CLUSTER = Layout(executors=2, schedulers=2, gateways=2, servers=3, has_routes=True)
 _ALL = Layout(executors=2, schedulers=2, gateways=2, poison=f"{POISON_ID}=exit,{RAISING_ID}=raise")
-_NO_RECORD = "without JetStream requests start unstored: a NATS client that is cut then cannot join again"
-_SLOW_JOIN = "a NATS client that lost its server joins again by the record, once JetStream has a leader"
 
 QUICK_SHAPE = Shape(num_tokens=(60, 150), spread_s=0.6, moment_s=(0.2, 1.2))
 """For the short form, where a scenario asks for nothing else."""
@@ -175,7 +172,6 @@ SCENARIOS: tuple[Scenario, ...] = (
         layout=_CLUSTER,
         fault=faults_cluster.kill_one,
         bars=(*COMPLETE, Bar("stall_p99_s", 1.0)),
-        known_miss=_SLOW_JOIN,
     ),
     Scenario(
         name="all-servers",
@@ -184,7 +180,6 @@ SCENARIOS: tuple[Scenario, ...] = (
         fault=faults_bus.server_away,
         bars=(*COMPLETE, Bar("back_after_max_s", 3.0)),
         is_quick=False,
-        known_miss=_SLOW_JOIN,
     ),
     Scenario(
         name="jetstream-leader",
@@ -192,7 +187,6 @@ SCENARIOS: tuple[Scenario, ...] = (
         layout=_CLUSTER,
         fault=faults_cluster.kill_jetstream_leader,
         bars=(*COMPLETE, Bar("terms_begun", 0, is_exact=True), Bar("stall_p99_s", 1.0)),
-        known_miss=_SLOW_JOIN,
     ),
     Scenario(
         name="no-quorum",
@@ -200,7 +194,6 @@ SCENARIOS: tuple[Scenario, ...] = (
         layout=_CLUSTER,
         fault=faults_cluster.without_quorum,
         bars=(*COMPLETE, Bar("terms_while_away", 0, is_exact=True)),
-        known_miss=_NO_RECORD,
     ),
     Scenario(
         name="take-over-waits",
@@ -209,7 +202,6 @@ SCENARIOS: tuple[Scenario, ...] = (
         fault=faults_cluster.take_over_waits,
         bars=(*COMPLETE, Bar("terms_while_away", 0, is_exact=True)),
         is_quick=False,
-        known_miss=_NO_RECORD,
     ),
     Scenario(
         name="servers-apart",
@@ -217,7 +209,6 @@ SCENARIOS: tuple[Scenario, ...] = (
         layout=_CLUSTER,
         fault=faults_cluster.cut_off,
         num_quick=2,
-        known_miss=_NO_RECORD,
     ),
     Scenario(
         name="all-but-bus",

@@ -49,6 +49,8 @@ _log = logging.getLogger(__name__)
 MAX_LIVE = 4096
 """Most requests of NATS clients that one gateway runs at once."""
 ALIVE_INTERVAL_S = 2.0
+ELSEWHERE_S = 0.2
+"""How long the other gateways may take to say that they run a request."""
 
 _Request = TypeVar("_Request")
 
@@ -101,6 +103,7 @@ class NatsApi:
         self._subscriptions = [
             await self._bus.subscribe(generate, self._on_request, queue=queue),
             await self._bus.subscribe(cancel, self._on_cancel),
+            await self._bus.subscribe(subjects.api_join(self._model), self._on_joined_elsewhere),
         ]
         self._keep(self._outbox.run())
         self._keep(self._stay_alive())
@@ -248,8 +251,7 @@ class NatsApi:
         nothing is known of the request and nothing was missed: it may begin. Raises `ApiError`."""
         context, streams = self._context, self._context.streams
         relay: Relay | None = None
-        running = self._live.get(head.id)
-        if self._tell_again(head.id, self._ended.get(head.id) if running is None else running.told, have):
+        if self._tell_again(head.id, have) or await self._is_told_elsewhere(head, have):
             return True
         if streams is not None:
             try:
@@ -281,8 +283,27 @@ class NatsApi:
         relay.start()
         return True
 
-    def _tell_again(self, identity: str, told: Told | None, have: list[int]) -> bool:
+    async def _is_told_elsewhere(self, head: _Head, have: list[int]) -> bool:
+        """Whether another gateway runs the request and tells its reader what is missing."""
+        if head.id in self._live:
+            return False
+        question = msgspec.json.encode({"id": head.id, "have": have})
+        try:
+            await self._bus.request(subjects.api_join(self._model), question, timeout_s=ELSEWHERE_S)
+        except BusError:
+            return False
+        return True
+
+    def _on_joined_elsewhere(self, msg: Msg) -> None:
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError, errors.ApiError):
+            head = msgspec.json.decode(msg.data, type=_Head)
+            if head.have is not None and self._tell_again(head.id, head.have):
+                self._answer(msg, ApiAlive(id=head.id))
+
+    def _tell_again(self, identity: str, have: list[int]) -> bool:
         """Repeat from memory what went to the readers of a request that runs here, or ended a moment ago."""
+        running = self._live.get(identity)
+        told = self._ended.get(identity) if running is None else running.told
         if told is None or not told.can_tell(have):
             return False
         take = self._events_to(identity, _Live(), told.details, have)

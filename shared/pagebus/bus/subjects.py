@@ -10,6 +10,7 @@ pagebus.out.<requester>         scheduler, executors -> one requester  Accepted,
 pagebus.life.<requester>        executors   -> one requester  empty probes with a reply
 pagebus.api.<model>.generate    NATS clients -> gateways      JSON requests (public)
 pagebus.api.<model>.cancel      NATS clients -> gateways      JSON cancels (public)
+pagebus.api.<model>.join        gateway     -> gateways      who runs this request, that its reader lost?
 pagebus.stream.<request id>     gateway     -> NATS clients   JSON events (public)
 ```
 """
@@ -110,6 +111,11 @@ def api_generate(model: str) -> str:
 def api_cancel(model: str) -> str:
     """Where NATS clients publish JSON cancels (public)."""
     return f"pagebus.api.{model_part(model)}.cancel"
+
+
+def api_join(model: str) -> str:
+    """Where a gateway asks the others which of them runs a request that a client joins again."""
+    return f"pagebus.api.{model_part(model)}.join"
 
 
 def stream(request_id: str) -> str:

@@ -101,3 +101,18 @@ def test_what_ended_is_kept_for_a_while():
     assert ended.get("r1499") is None
     now_s = KEPT_S + 1
     assert ended.get("r1498") is None
+
+
+async def test_another_gateway_runs_it_and_nothing_is_stored(tmp_path: Path) -> None:
+    """Whichever gateway a reader comes back to, the one that runs the request tells it the rest."""
+    async with house(tmp_path, "one", "two") as built:
+        built.broker.store.is_available = False
+        reader = Reader(built)
+        running = asyncio.create_task(reader.run(max_tokens=150))
+        for num_ids in (10, 40, 70, 100):
+            await until(reader, num_ids)
+            reader.bus.disconnect()
+            await asyncio.sleep(0.05)
+            reader.bus.reconnect()
+        await asyncio.wait_for(running, 15)
+        reader.assert_exact(150)

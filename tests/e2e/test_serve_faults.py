@@ -46,8 +46,9 @@ def test_a_killed_process_comes_back(serve: Serve, role: str) -> None:
             break
         time.sleep(0.02)
     assert 200 in seen, serve.output()
-    # without a gateway connections wait for the next one; with any other process gone it says 503 meanwhile
-    assert seen == {200} if role == "gateway" else 503 in seen, seen
+    # without a gateway connections wait for the next one; a scheduler is often replaced before it is missed
+    assert seen == {200} or role != "gateway", seen
+    assert 503 in seen or role != "executor", seen
     assert ask(serve) == answer
     (successor,) = serve.children(role)
     assert successor != victim

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pagebus.bus.faults import SeededFaults
-from pagebus.bus.memory import MemoryBroker
+from pagebus.bus.memory import MemoryBroker, NoFaults
 from pagebus.client import Client
 from pagebus.executor import service as executor_service
 from pagebus.gateway import service as gateway_service
@@ -212,5 +212,5 @@ async def test_log_probabilities_are_the_same_bits_whatever_the_bus_loses(path):
         undisturbed = [await ask(number, "one by one") for number in range(8)]
         running.broker.faults = SeededFaults(3, loss=0.05, duplication=0.1, delay=0.2, max_delay_s=0.03)
         disturbed = await asyncio.gather(*(ask(number, "together") for number in range(8)))
-        running.broker.faults = None
+        running.broker.faults = NoFaults()
         assert disturbed == undisturbed

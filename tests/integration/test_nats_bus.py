@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -481,4 +482,5 @@ def test_the_server_dies_with_its_launcher(tmp_path):
             socket.create_connection(("127.0.0.1", port), timeout=0.2).close()
         except OSError:
             return
+        time.sleep(0.1)
     pytest.fail("nats-server outlived its launcher")

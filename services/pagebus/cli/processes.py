@@ -134,7 +134,8 @@ class ServiceProcess:
     async def stop(self, grace_s: float, *, is_last: bool = False) -> None:
         """Ask it to end, wait for `grace_s`, then kill it. `is_last`: nobody does its part afterwards."""
         self._stopping.set()
-        self._signal(signal.SIGINT if is_last else signal.SIGTERM)
+        # before it is ready it has nothing to finish, and may not yet know what to do at SIGINT
+        self._signal(signal.SIGINT if is_last and self.is_ready else signal.SIGTERM)
         if self._process is not None:
             try:
                 await asyncio.wait_for(self._process.wait(), grace_s)

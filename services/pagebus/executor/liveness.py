@@ -20,6 +20,7 @@ class Answer(enum.Enum):
 @dataclass(slots=True)
 class _Record:
     answered_at_s: float
+    named_at_s: float
     num_no_responders: int = 0
 
 
@@ -28,10 +29,11 @@ class Probes:
 
     def __init__(self) -> None:
         self._records: dict[str, _Record] = {}
+        self._named: frozenset[str] = frozenset()
 
     def note(self, life: str, answer: Answer, now_s: float) -> bool:
         """Note a probe's outcome; True when the requester is gone."""
-        record = self._records.setdefault(life, _Record(now_s))
+        record = self._records.setdefault(life, _Record(now_s, now_s))
         if answer is Answer.NO_RESPONDERS:
             record.num_no_responders += 1
             return record.num_no_responders >= MAX_NO_RESPONDERS
@@ -41,6 +43,16 @@ class Probes:
         record.answered_at_s = now_s
         return False
 
-    def keep_only(self, lives: Set[str]) -> None:
-        """Forget life subjects that no row names any more."""
-        self._records = {life: record for life, record in self._records.items() if life in lives}
+    def keep_only(self, lives: Set[str], now_s: float) -> None:
+        """Forget life subjects that no row has named for 10 s: until then rows of theirs may yet come."""
+        for life in lives & self._records.keys():
+            record = self._records[life]
+            if life not in self._named:
+                record.answered_at_s = now_s  # it was not asked meanwhile
+            record.named_at_s = now_s
+        self._named = frozenset(lives)
+        self._records = {
+            life: record
+            for life, record in self._records.items()
+            if now_s - record.named_at_s < MAX_SILENCE_S
+        }

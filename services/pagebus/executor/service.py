@@ -348,7 +348,7 @@ class _Service:
         while True:
             began_s = self._clock()
             lives = sorted(self._worker.view.lives)
-            probes.keep_only(set(lives))
+            probes.keep_only(set(lives), began_s)
             answers = await asyncio.gather(*(self._ask(life) for life in lives))
             gone = [
                 life

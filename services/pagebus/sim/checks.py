@@ -123,15 +123,24 @@ def check_executors(processes: Processes) -> None:
 
 
 def check_orphans(processes: Processes, now_s: float) -> None:
-    """Where only processes die: rows of a requester that is gone end within two seconds."""
+    """Where only processes die: rows of a requester that is gone end within two seconds.
+
+    Counted from when the executor has both: a row that had to wait comes to it after its owner's death.
+    """
+    since_s = processes.orphaned_s
+    orphaned = {}
     for name, process in processes.live.items():
         state = process.steps.state if process.steps else None
         for row in state.live_rows if state is not None else ():
-            gone_s = processes.gone_s.get(row.start.life)
-            if gone_s is not None and now_s > max(gone_s, processes.began_s[name]) + ORPHAN_S:
+            if row.start.life not in processes.gone_s:
+                continue
+            key = (name, processes.began_s[name], row.start.handle)
+            orphaned[key] = since_s.get(key, now_s)
+            if now_s > orphaned[key] + ORPHAN_S:
                 raise ViolationError(
-                    f"{name} runs {row.start.request_id}, whose owner is gone since {gone_s}"
+                    f"{name} runs {row.start.request_id} without an owner since {orphaned[key]}"
                 )
+    processes.orphaned_s = orphaned
 
 
 def check_books(processes: Processes) -> None:

@@ -96,6 +96,7 @@ class Processes:
         self.failures: list[BaseException] = []
         self.began_s: dict[str, float] = {}
         self.gone_s: dict[str, float] = {}  # by life subject
+        self.orphaned_s: dict[tuple[str, float, int], float] = {}  # rows without an owner, for the checks
         self._all: list[Process] = []
         self._broker = broker
         self._scenario = scenario

@@ -43,5 +43,19 @@ def test_who_is_gone() -> None:
     assert not probes.note("b", unknown, 11.0)
     assert not probes.note("b", silence, 20.9)
     assert probes.note("b", silence, 21.0)
-    probes.keep_only({"b"})
+    probes.keep_only({"b"}, 30.0)
     assert not probes.note("a", none, 30.0)
+
+
+def test_a_requester_is_remembered_for_a_while_without_rows() -> None:
+    probes = Probes()
+    probes.keep_only({"a"}, 0.0)
+    assert not probes.note("a", Answer.NO_RESPONDERS, 0.1)
+    probes.keep_only(set(), 0.5)
+    probes.keep_only({"a"}, 9.0)
+    assert probes.note("a", Answer.NO_RESPONDERS, 9.1), "its late rows end at once"
+    probes.keep_only(set(), 9.5)
+    probes.keep_only({"a"}, 18.5)
+    assert not probes.note("a", Answer.SILENCE, 18.6), "nobody asked it for a while, it was not silent"
+    probes.keep_only(set(), 28.6)
+    assert not probes.note("a", Answer.NO_RESPONDERS, 28.7)

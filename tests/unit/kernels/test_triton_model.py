@@ -15,6 +15,7 @@ import torch
 from pagebus.executor import loader, model_runner
 from pagebus.executor.loader import LoadedModel, load_model
 from pagebus.executor.model_runner import ModelRunner
+from pagebus.executor.pulse import Pulse
 from pagebus.kernels.jit import IS_INTERPRETED
 from tests.support import reference
 from tests.support.models import FAMILIES, VOCAB_SIZE, make_model
@@ -32,7 +33,7 @@ def runner_of(monkeypatch: pytest.MonkeyPatch):
     def make(
         path: Path, *, is_batch_invariant: bool = False, is_fused: bool = False, max_model_len: int = 0
     ) -> ModelRunner:
-        def cache(loaded: LoadedModel, num_blocks: list[int]) -> TritonCache:
+        def cache(loaded: LoadedModel, num_blocks: list[int], pulse: Pulse) -> TritonCache:
             return TritonCache(
                 loaded.specs, num_blocks, loaded.dtype, loaded.device, is_batch_invariant=is_batch_invariant
             )

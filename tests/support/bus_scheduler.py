@@ -67,6 +67,10 @@ class BusScheduler:
             while not all(request_id in self.finished for request_id in request_ids):  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
 
+    async def until_serving(self) -> None:
+        """Until the executor listens for plans: one that comes while it loads is lost."""
+        await self.until(lambda: any(hello.state == "serving" for hello in self.hellos))
+
     async def until(self, check: Callable[[], bool], timeout_s: float = 10.0) -> None:
         async with asyncio.timeout(timeout_s):
             while not check():  # noqa: ASYNC110 (any condition, not only ours)

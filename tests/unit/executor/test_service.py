@@ -19,6 +19,13 @@ from tests.support.executor_tests import PROMPTS, SETTINGS, executor, scheduler
 from tests.support.hand_scheduler import HandScheduler
 
 
+@pytest.fixture(autouse=True, params=["in_turn", "ahead"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Steps one after the other, or launched ahead of what was collected."""
+    monkeypatch.setattr(executor_tests, "as_built", getattr(executor_tests, request.param))
+    return str(request.param)
+
+
 @pytest.fixture
 def buses() -> tuple[MemoryBus, MemoryBus]:
     broker = MemoryBroker()
@@ -80,7 +87,7 @@ async def test_plans_are_acknowledged_at_once_when_idle_also_again(
 ) -> None:
     hand = HandScheduler("ex")
     async with scheduler(buses[1], hand) as lead, executor(buses[0], FakeRunner(num_blocks=4)):
-        await lead.until(lambda: bool(lead.hellos))
+        await lead.until_serving()
         plan = hand.plan()
         for count in (1, 2):
             await buses[1].publish("pagebus.plan.ex", encode(plan))
@@ -94,7 +101,7 @@ async def test_reports_are_repeated_until_a_plan_acknowledges_them(
     hand = HandScheduler("ex", horizon=2)
     async with scheduler(buses[1], hand) as lead, executor(buses[0], FakeRunner(num_blocks=64)):
         lead.is_muted = True
-        await lead.until(lambda: bool(lead.hellos))
+        await lead.until_serving()
         hand.add("r0", [1, 2, 3], max_tokens=40)
         plan = hand.plan()
         await buses[1].publish("pagebus.plan.ex", encode(plan))
@@ -135,7 +142,7 @@ async def test_a_reconnect_brings_a_hello_at_once_and_nothing_dies_while_away(
 async def test_garbage_is_dropped(buses: tuple[MemoryBus, MemoryBus], subject: str) -> None:
     hand = HandScheduler("ex")
     async with scheduler(buses[1], hand) as lead, executor(buses[0], FakeRunner(num_blocks=64)):
-        await lead.until(lambda: bool(lead.hellos))
+        await lead.until_serving()
         other = encode(lead.hellos[0])
         for data in (b"", b"\x81", b"not msgpack", other, other[:-3]):
             await buses[1].publish(subject, data)

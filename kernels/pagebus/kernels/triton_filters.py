@@ -21,7 +21,7 @@ _TILE = 1024
 def _ordered(scores):
     """Bits that, as unsigned integers, are in the scores' order."""
     bits = scores.to(tl.uint32, bitcast=True)
-    return tl.where(scores < 0, ~bits, bits | 0x80000000)
+    return tl.where(scores < 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @kernel
@@ -67,7 +67,7 @@ def _reached(
 @kernel
 @no_type_check
 def _score_of(found):
-    bits = tl.where(found >= 0x80000000, found ^ 0x80000000, ~found)
+    bits = tl.where(found >= 0x80000000, found ^ 0x80000000, found ^ 0xFFFFFFFF)
     return bits.to(tl.float32, bitcast=True)
 
 

@@ -9,6 +9,8 @@ import pytest
 
 # Threads of OpenMP that spin while they wait slow everything down where test processes share two cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Where tests share a machine, the CPU's kernels may take long to compile: no test depends on that.
+os.environ.setdefault("PAGEBUS_COMPILE_WAIT_S", "300")
 
 ROOT = Path(__file__).resolve().parent.parent
 

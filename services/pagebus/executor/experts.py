@@ -48,14 +48,21 @@ def steady_sigmoid(inputs: torch.Tensor) -> torch.Tensor:
 
 
 class SteadyRouter(nn.Module):
-    """A router whose linear is packed; what it makes of the logits stays its own."""
+    """A router whose linear is row-invariant; what it makes of the logits stays its own."""
 
-    def __init__(self, router: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        router: nn.Module,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        make_linear: Callable[[torch.Tensor, torch.Tensor | None], nn.Module] = PackedLinear,
+    ) -> None:
         super().__init__()
         self.router = router
         self._weight = weight  # [experts, hidden]
         self._bias = bias
-        self._packed: dict[torch.dtype, PackedLinear] = {}  # some families route in float32
+        self._make_linear = make_linear
+        self._packed: dict[torch.dtype, nn.Module] = {}  # some families route in float32
 
     def forward(self, hidden: torch.Tensor) -> object:
         with SteadyOps(self._linear):
@@ -65,7 +72,7 @@ class SteadyRouter(nn.Module):
         dtype = inputs.dtype
         if dtype not in self._packed:
             bias = None if self._bias is None else self._bias.to(dtype)
-            self._packed[dtype] = PackedLinear(self._weight.to(dtype), bias)
+            self._packed[dtype] = self._make_linear(self._weight.to(dtype), bias)
         packed: torch.Tensor = self._packed[dtype](inputs)
         return packed
 
@@ -123,19 +130,30 @@ def _take(source: nn.Module, name: str) -> nn.ModuleList:
 
 
 def steady_router(module: nn.Module) -> SteadyRouter | None:
-    """A row-invariant stand-in for `module` if it is a router: it has a matrix and names `top_k` experts."""
+    """A row-invariant stand-in for `module` on the CPU, if it is a router."""
+    weights = router_weights(module)
+    return None if weights is None else SteadyRouter(module, *weights)
+
+
+def router_weights(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Weight and bias of a router: what has a matrix and names `top_k` experts."""
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if weight is None or weight.dim() != 2 or "top_k" not in vars(module):
         return None
-    return SteadyRouter(module, weight.detach(), None if bias is None else bias.detach())
+    return weight.detach(), None if bias is None else bias.detach()
 
 
 def packed_experts(module: nn.Module) -> PackedExperts | None:
     """A row-invariant stand-in for `module` if it holds experts in transformers' layout."""
+    return PackedExperts(module) if are_experts(module) else None
+
+
+def are_experts(module: nn.Module) -> bool:
+    """Whether `module` holds a layer's experts in transformers' layout; warns of experts in another one."""
     up, down = module._parameters.get("gate_up_proj"), module._parameters.get("down_proj")
     if up is None or down is None or not up.dim() == down.dim() == 3:
-        return None
+        return False
     if not hasattr(module, "_apply_gate") or vars(module).get("has_post_expert_norm"):
         _log.warning("%s: experts of another layout, results depend on the batch", type(module).__name__)
-        return None
-    return PackedExperts(module)
+        return False
+    return True

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from pagebus.executor.cpu_linears import CpuLinear
 from pagebus.executor.experts import packed_experts, steady_router
 from pagebus.executor.linears import PackedLinear, can_pack, stable_activation
+from pagebus.kernels.cpu_library import library_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,5 +51,8 @@ def _swap(parent: nn.Module, prefix: str, embeddings: set[int], copies: list[Sec
 
 def _stand_in(module: nn.Module) -> nn.Module | None:
     if type(module) is nn.Linear:
-        return PackedLinear(module.weight, module.bias)
+        library = library_for(module.weight.dtype)
+        if library is None or module.in_features % 2:
+            return PackedLinear(module.weight, module.bias)
+        return CpuLinear(library, module.weight, module.bias)
     return stable_activation(module) or steady_router(module) or packed_experts(module)

@@ -32,6 +32,10 @@ class RotaryTable(nn.Module):
         found = tuple(part.index_select(1, position_ids[0]) for part in table)
         return found if is_tuple else found[0]
 
+    def factors(self, hidden: torch.Tensor, layer_type: str | None, length: int) -> Factors:
+        """The factors of the first `length` positions or more, [1, positions, ...] each, in hidden's type."""
+        return self._table(hidden, layer_type, length)[1]
+
     def _table(self, hidden: torch.Tensor, layer_type: str | None, length: int) -> tuple[bool, Factors]:
         key = (layer_type, hidden.dtype)
         is_tuple, table = self._tables.get(key, (True, ()))

@@ -11,8 +11,11 @@ if (
     pytest.skip("gpu: no CUDA device", allow_module_level=True)
 pytest.importorskip("triton")
 
+from pagebus.kernels import fp8
 from pagebus.kernels.jit import IS_INTERPRETED
 from pagebus.kernels.triton_attention import tile_config, triton_paged_attention
+from pagebus.kernels.triton_fp8 import fp8_linear, reference_fp8_linear, triton_quantize
+from pagebus.kernels.triton_linear import reference_linear, triton_linear
 from tests.support.kernel_checks import AttentionCase, check_attention, poison_empty
 from tests.support.layer_checks import RopeCase, check_gated, check_norm, check_rope
 from tests.support.sampling_checks import check_draws, check_limits, check_penalties, check_scan
@@ -127,3 +130,52 @@ def test_decoding_can_be_captured_and_replayed_with_other_lengths() -> None:
     graph.replay()
     assert torch.equal(out, launch())
     assert not out[2].any()
+
+
+@pytest.mark.parametrize("is_decode", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "k_dim", "v_dim"), [(32, 8, 128, 128), (16, 1, 576, 512)])
+def test_attention_to_fp8_pages_with_peaks(is_decode, heads, kv_heads, k_dim, v_dim) -> None:
+    check_attention(
+        AttentionCase(
+            DECODE if is_decode else MIXED, heads, kv_heads, k_dim, v_dim, torch.bfloat16, has_peaks=True,
+            is_decode=is_decode, softcap=20.0, device="cuda", tolerance=1.0,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("norm", [None, "plain"])
+def test_rope_kv_writes_peaks(norm) -> None:
+    check_rope(
+        RopeCase(32, 8, 128, 128, 128, norm=norm, dtype=torch.bfloat16, page_dtype=FP8, has_peaks=True,
+                 device="cuda", tolerance=4e-2)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE))
+@pytest.mark.parametrize(("rows", "num_in", "num_out"), [(1, 1024, 3072), (77, 100, 130), (300, 4096, 9000)])
+def test_fixed_linear(dtype, rows, num_in, num_out) -> None:
+    inputs = torch.randn(rows, num_in, device="cuda").to(dtype)
+    weight = (torch.randn(num_out, num_in, device="cuda") / num_in**0.5).to(dtype)
+    out = triton_linear(inputs, weight)
+    expected = reference_linear(inputs, weight)
+    torch.testing.assert_close(out.double(), expected, atol=CLOSE[dtype], rtol=CLOSE[dtype])
+    for count in (1, 2, 63, 64, 65):
+        assert torch.equal(triton_linear(inputs[:count], weight), out[:count])
+
+
+@pytest.mark.parametrize("rows", [1, 17, 300])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_fp8_linear(rows, has_bias) -> None:
+    inputs = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16)
+    weight, weight_peaks = fp8.quantize(torch.randn(3072, 1024, device="cuda"))
+    bias = torch.randn(3072, device="cuda", dtype=torch.bfloat16) if has_bias else None
+    stored, peaks = triton_quantize(inputs)
+    wanted, wanted_peaks = fp8.quantize(inputs)
+    assert torch.equal(peaks, wanted_peaks)
+    assert float((stored.float() != wanted.float()).float().mean()) < 1e-3, "ties alone may differ"
+    expected = reference_fp8_linear(stored, peaks, weight, weight_peaks, bias)
+    room = {"atol": 0.02 * float(expected.std()), "rtol": 2e-2}
+    out = fp8_linear(inputs, weight, weight_peaks, bias)
+    torch.testing.assert_close(out.double(), expected, **room)
+    fixed = triton_linear(stored, weight, bias, peaks=(peaks, weight_peaks), dtype=torch.bfloat16)
+    torch.testing.assert_close(fixed.double(), expected, **room)

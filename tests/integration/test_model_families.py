@@ -138,6 +138,7 @@ def without_modules(*names: str) -> Callable[[ModelRunner], None]:
     """Norms that do nothing."""
 
     def mutate(runner: ModelRunner) -> None:
+        runner._program = None  # it no longer asks the modules
         found = 0
         for module in list(runner._loaded.model.modules()):
             for name in names:
@@ -153,8 +154,14 @@ def without_argument(**changes: None) -> Callable[[ModelRunner], None]:
     """Attention that does not see an argument."""
 
     def mutate(runner: ModelRunner) -> None:
-        attend = runner._cache.attend
-        runner._cache.attend = lambda call, steps: attend(replace(call, **changes), steps)
+        runner._program = None  # it no longer asks the modules
+        answer = runner._cache.answer
+
+        def answer_less(spans, num_tokens):
+            attend = answer(spans, num_tokens)
+            return lambda call: attend(replace(call, **changes))
+
+        runner._cache.answer = answer_less
 
     return mutate
 

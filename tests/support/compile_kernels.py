@@ -21,8 +21,11 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from pagebus.kernels.triton_attention import triton_paged_attention
+from pagebus.kernels.triton_experts import triton_combine, triton_grouped_linear
 from pagebus.kernels.triton_filters import triton_limits
+from pagebus.kernels.triton_fp8 import triton_quantize
 from pagebus.kernels.triton_gated import triton_gated
+from pagebus.kernels.triton_linear import triton_linear
 from pagebus.kernels.triton_norm import triton_add_rms_norm
 from pagebus.kernels.triton_penalties import triton_penalize
 from pagebus.kernels.triton_rope_kv import HeadNorm, triton_rope_kv
@@ -75,19 +78,21 @@ def compile_launch(self, *args, **kwargs) -> None:
     )
 
 
-def attention(dtype, k_dim, v_dim, heads, kv_heads, *, is_decode, page_dtype=None, **options) -> None:
+def attention(dtype, k_dim, v_dim, heads, kv_heads, *, is_decode, page_dtype=None, has_peaks=False, **more):
     global case
     how = "decode" if is_decode else "mixed"
-    case = f"{str(dtype)[6:]} {k_dim}/{v_dim} {heads}/{kv_heads} {how} {' '.join(options)}"
+    case = f"{str(dtype)[6:]} {k_dim}/{v_dim} {heads}/{kv_heads} {how} {' '.join(more)}"
     rows, tokens = 3, 3 if is_decode else 40
-    scale = torch.ones(1) if page_dtype else None
+    scale = torch.ones(1) if page_dtype and not has_peaks else None
+    peaks = torch.empty(16, kv_heads, 16) if has_peaks else None
+    case += " peaks" if has_peaks else ""
     triton_paged_attention(
         torch.empty(tokens, heads, k_dim, dtype=dtype),
         torch.empty(16, kv_heads, 16, k_dim, dtype=page_dtype or dtype),
         torch.empty(16, kv_heads, 16, v_dim, dtype=page_dtype or dtype),
         torch.zeros(rows, 64, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32),
         None if is_decode else torch.zeros(rows + 1, dtype=torch.int32),
-        scale=0.1, key_scale=scale, value_scale=scale, **options,
+        scale=0.1, key_scale=scale, value_scale=scale, key_peaks=peaks, value_peaks=peaks, **more,
     )  # fmt: skip
 
 
@@ -97,6 +102,8 @@ def all_attention() -> None:
         split = {"segments": 8} if is_decode else {}
         attention(bf16, 128, 128, 32, 8, is_decode=is_decode, **split)
         attention(bf16, 128, 128, 32, 8, is_decode=is_decode, page_dtype=fp8, **split)
+        attention(bf16, 128, 128, 32, 8, is_decode=is_decode, page_dtype=fp8, has_peaks=True, **split)
+        attention(bf16, 576, 512, 16, 1, is_decode=is_decode, page_dtype=fp8, has_peaks=True)
         attention(bf16, 64, 64, 64, 8, is_decode=is_decode, window=128, sinks=torch.ones(64, dtype=bf16))
         attention(bf16, 256, 256, 8, 4, is_decode=is_decode, window=4096, softcap=50.0, **split)
         attention(bf16, 192, 128, 16, 16, is_decode=is_decode)
@@ -123,9 +130,25 @@ def layers() -> None:
             is_interleaved=is_interleaved, norm=norm, key_scale=scale,
             value_scale=scale,
         )  # fmt: skip
+    pages = torch.empty(4, 8, 16, 128, dtype=torch.float8_e4m3fn)
+    peaks = torch.empty(4, 8, 16)
+    triton_rope_kv(
+        torch.empty(3, 48 * 128, dtype=bf16), pages, pages, positions, positions.int(),
+        torch.empty(9, 64), torch.empty(9, 64), num_heads=32, key_peaks=peaks, value_peaks=peaks,
+    )  # fmt: skip
     x, weight = torch.empty(3, 4096, dtype=bf16), torch.empty(4096, dtype=bf16)
     triton_add_rms_norm(x, x, weight, 1e-6)
     triton_add_rms_norm(x, None, weight, 1e-6, is_offset=True)
+    fp8_weight = torch.empty(2048, 4096, dtype=torch.float8_e4m3fn)
+    for inputs in (x, x.float()):
+        triton_linear(inputs, torch.empty(2048, 4096, dtype=inputs.dtype), weight.to(inputs.dtype)[:2048])
+    triton_linear(x.view(1, 3, 4096), torch.empty(1, 4096, 96, dtype=bf16).transpose(1, 2))
+    peaks = torch.empty(3), torch.empty(2048)
+    triton_linear(x.to(torch.float8_e4m3fn), fp8_weight, peaks=peaks, dtype=bf16)
+    triton_quantize(x)
+    pairs, offsets = torch.zeros(6, dtype=torch.int64), torch.zeros(9, dtype=torch.int32)
+    made = triton_grouped_linear(x, pairs, torch.empty(8, 768, 4096, dtype=bf16), None, offsets)
+    triton_combine(made, pairs.view(3, 2), torch.empty(3, 2, dtype=bf16))
     triton_gated(x, "silu")
     triton_gated(x, "gelu_tanh")
 
@@ -155,6 +178,10 @@ def main() -> None:
         "_reduce",
         "_rope_kv",
         "_rms_norm",
+        "_linear",
+        "_grouped",
+        "_combine",
+        "_quantize",
         "_gated",
         "_scan",
         "_choose",

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pagebus.kernels.attention_reference import reference_attention
+from pagebus.kernels.fp8 import quantize
 from pagebus.kernels.triton_attention import TileConfig, triton_paged_attention
 
 PAGE = 16
@@ -33,6 +34,7 @@ class AttentionCase:
     seed: int = 0
     device: str = "cpu"
     scales: tuple[float, float] | None = None
+    has_peaks: bool = False  # pages in fp8, each vector with its peak
     tolerance: float = field(default=3e-5)
 
 
@@ -77,7 +79,13 @@ def check_attention(case: AttentionCase) -> torch.Tensor:
     bounds = torch.tensor([0, *(queries for queries, _ in case.rows)]).cumsum(0).int()
     device = torch.device(case.device)
     query = query.to(device, case.dtype)[:, : case.heads]  # not contiguous
-    key_pages, value_pages = (page.to(device).to(page_dtype) for page in pages)
+    if case.has_peaks:
+        pages = [page * 10.0 ** torch.randint(-3, 3, page.shape[:3], generator=generator)[..., None]
+                 for page in pages]  # fmt: skip
+        (key_pages, key_peaks), (value_pages, value_peaks) = (quantize(page.to(device)) for page in pages)
+    else:
+        key_pages, value_pages = (page.to(device).to(page_dtype) for page in pages)
+        key_peaks = value_peaks = None
     scales = [
         None if case.scales is None else torch.tensor([s], device=device) for s in case.scales or (1, 1)
     ]
@@ -90,6 +98,7 @@ def check_attention(case: AttentionCase) -> torch.Tensor:
         "scale": case.k_dim**-0.5, "window": case.window, "softcap": case.softcap,
         "sinks": None if sinks is None else sinks.to(device),
         "key_scale": scales[0], "value_scale": scales[1],
+        "key_peaks": key_peaks, "value_peaks": value_peaks,
     }  # fmt: skip
     out = triton_paged_attention(*arguments, **options, segments=case.segments, config=case.config)
     expected = reference_attention(*arguments, **options)

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from pagebus.kernels.fp8 import dequantize
 from pagebus.kernels.triton_gated import Activation, reference_gated, triton_gated
 from pagebus.kernels.triton_norm import reference_rms_norm, triton_add_rms_norm
 from pagebus.kernels.triton_rope_kv import HeadNorm, reference_rope_kv, triton_rope_kv
@@ -26,6 +27,8 @@ class RopeCase:
     page_dtype: torch.dtype | None = None
     slot_dtype: torch.dtype = torch.int64
     scales: tuple[float, float] | None = None
+    has_nan: bool = False
+    has_peaks: bool = False  # fp8 pages, each vector with its peak
     is_head_major: bool = False
     num_extra_columns: int = 0
     device: str = "cpu"
@@ -54,15 +57,25 @@ def check_rope(case: RopeCase) -> None:
     scales = [
         None if case.scales is None else torch.tensor([s], device=device) for s in case.scales or (1, 1)
     ]
+    peaks = [
+        torch.full((5, case.kv_heads, PAGE), float("nan"), device=device) if case.has_peaks else None
+        for _ in pages
+    ]
+    if case.has_nan:
+        qkv[0, -1 - case.num_extra_columns] = float("nan")  # in the last head's values
     rotary = {"num_heads": case.heads, "is_interleaved": case.is_interleaved, "norm": norm}
     query = triton_rope_kv(
         qkv, *pages, positions, slots, angles.cos(), angles.sin(), **rotary,
-        key_scale=scales[0], value_scale=scales[1],
+        key_scale=scales[0], value_scale=scales[1], key_peaks=peaks[0], value_peaks=peaks[1],
     )  # fmt: skip
     expected, keys, values = reference_rope_kv(
         qkv, positions, angles.cos(), angles.sin(), **rotary, kv_heads=case.kv_heads, k_dim=case.k_dim
     )
     torch.testing.assert_close(query.double(), expected, atol=case.tolerance, rtol=case.tolerance)
+    if case.has_peaks:
+        for page, found, new in zip(pages, peaks, (keys, values), strict=True):
+            _check_peaks(page, found, new, slots)
+        return
     for page, new, scale in zip(pages, (keys, values), case.scales or (1, 1), strict=True):
         wanted = torch.full(page.shape, float("nan"), dtype=torch.float64, device=device)
         for token, slot in enumerate(slots.tolist()):
@@ -72,6 +85,25 @@ def check_rope(case: RopeCase) -> None:
         if page_dtype == torch.float8_e4m3fn:
             wanted, close = wanted.clamp(-448, 448), {"atol": 0.01, "rtol": 0.07}
         torch.testing.assert_close(page.double(), wanted, **close, equal_nan=True)
+
+
+def _check_peaks(page: torch.Tensor, peaks: torch.Tensor, new: torch.Tensor, slots: torch.Tensor) -> None:
+    """Each vector's peak and numbers are there, and nothing else was written."""
+    wanted = torch.full(page.shape, float("nan"), dtype=torch.float64, device=page.device)
+    wanted_peaks = torch.full(peaks.shape, float("nan"), dtype=torch.float64, device=page.device)
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            wanted[slot // PAGE, :, slot % PAGE] = new[token]
+            wanted_peaks[slot // PAGE, :, slot % PAGE] = new[token].abs().amax(-1)
+    torch.testing.assert_close(peaks.double(), wanted_peaks, atol=1e-2, rtol=1e-2, equal_nan=True)
+    restored = dequantize(page, peaks).double()
+    # Half a step of three bits of mantissa, and of the smallest step where a number is tiny beside its peak.
+    room = 1.02 * (wanted.abs() / 16 + wanted_peaks[..., None] / 448 / 1024)
+    assert torch.equal(restored.isnan(), (wanted + wanted_peaks[..., None]).isnan())
+    worst = ((restored - wanted).abs() / room).nan_to_num().max()
+    assert worst <= 1, worst
+    largest = page.float().abs().amax(-1)
+    assert (largest[~largest.isnan()] >= 416).all()
 
 
 def check_norm(

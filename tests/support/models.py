@@ -144,6 +144,33 @@ def make_model(kind: str, path: Path, *, seed: int = 0, has_tokenizer: bool = Tr
     return path
 
 
+_TINY = {
+    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 256,
+    "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
+}  # fmt: skip
+TINY: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**_TINY),
+    "qwen3": lambda: Qwen3Config(**_TINY),
+    "gemma2": lambda: Gemma2Config(**_TINY, sliding_window=21, query_pre_attn_scalar=16),
+    "granite": lambda: GraniteConfig(**{**_TINY, "num_attention_heads": 2}, residual_multiplier=0.7),
+    "olmo2": lambda: Olmo2Config(**_TINY),
+    "mixtral": lambda: MixtralConfig(**_TINY, **_EXPERTS),
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **{**_TINY, **_LATENT, "num_key_value_heads": 2}, q_lora_rank=32, n_group=4, topk_group=2
+    ),
+    "gpt_oss": lambda: GptOssConfig(**_TINY, **_EXPERTS, sliding_window=21),
+}
+"""As small as they can be: Triton's interpreter takes milliseconds a program."""
+
+
+def make_tiny(kind: str, path: Path, *, seed: int = 0) -> Path:
+    """Write a random model of `TINY`."""
+    path.mkdir(parents=True, exist_ok=True)
+    random_model(TINY[kind](), seed).save_pretrained(path)
+    return path
+
+
 def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A model with sharp random weights in float32."""
     torch.manual_seed(seed)

@@ -2,6 +2,8 @@
 
 import torch
 
+from pagebus.kernels.fp8 import MOST
+
 
 def reference_attention(
     query: torch.Tensor,  # [tokens, heads, key_dim]
@@ -17,6 +19,8 @@ def reference_attention(
     sinks: torch.Tensor | None = None,  # [heads]
     key_scale: torch.Tensor | None = None,
     value_scale: torch.Tensor | None = None,
+    key_peaks: torch.Tensor | None = None,  # [blocks, kv_heads, BLOCK_SIZE]: key = stored * peak / 448
+    value_peaks: torch.Tensor | None = None,
 ) -> torch.Tensor:  # [tokens, heads, value_dim], float64
     """As `triton_paged_attention`; reads the lengths on the host and only the slots that a query sees."""
     num_rows, page = len(contexts), key_pages.shape[2]
@@ -32,6 +36,9 @@ def reference_attention(
             keys = key_pages[blocks, :, slots].double() * (1.0 if key_scale is None else key_scale.double())
             values = value_pages[blocks, :, slots].double()
             values = values * (1.0 if value_scale is None else value_scale.double())
+            if key_peaks is not None and value_peaks is not None:
+                keys = keys * (key_peaks[blocks, :, slots].double() / MOST)[..., None]
+                values = values * (value_peaks[blocks, :, slots].double() / MOST)[..., None]
             keys, values = keys.repeat_interleave(share, 1), values.repeat_interleave(share, 1)
             logits = torch.einsum("hd,nhd->hn", query[token].double(), keys) * scale
             if softcap is not None:

@@ -18,6 +18,7 @@ from typing import no_type_check
 
 import torch
 
+from pagebus.kernels.fp8 import MOST, peak_strides
 from pagebus.kernels.jit import cdiv, compute_type, kernel, num_multiprocessors, power_of_2, tl
 
 MAX_SEGMENTS = 32
@@ -55,7 +56,8 @@ def _load(pointers, rows, dims, BY_ROW: tl.constexpr, BY_DIM: tl.constexpr):
 @kernel
 @no_type_check
 def _walk(
-    state, query, at, begin, end, first_key, stop_key, k_base, v_base, table, strides, logit_scale, softcap,
+    state, query, at, begin, end, first_key, stop_key, k_base, v_base, k_peaks, v_peaks, table, strides,
+    logit_scale, softcap,
     IS_MASKED: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, K_DIM: tl.constexpr,
     K_MAIN: tl.constexpr, K_REST: tl.constexpr, V_DIM: tl.constexpr, V_PAD: tl.constexpr,
     WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, DOT: tl.constexpr,
@@ -83,6 +85,9 @@ def _walk(
             part = _load(k_at[None, :] + rest, is_read[None, :], rest < K_DIM, IS_MASKED, is_padded)
             logits = tl.dot(query[1], part.to(DOT), logits, input_precision="ieee")
         logits *= logit_scale
+        if k_peaks is not None:
+            peaks = _load(k_peaks + blocks * strides[4] + keys % PAGE, is_read, is_read, IS_MASKED, False)
+            logits *= peaks[None, :]
         if HAS_SOFTCAP:  # tanh from one exponential; the scale is already divided by the cap
             logits = softcap * (1 - 2 / (1 + tl.exp2(logits * 2)))
         if IS_MASKED:
@@ -98,6 +103,9 @@ def _walk(
         total = total * shrink + tl.sum(weights, 1)
         dims = values_at < V_DIM
         values = _load(v_at[:, None] + values_at, is_read[:, None], dims, IS_MASKED, V_PAD > V_DIM)
+        if v_peaks is not None:  # fewer products than with the values, and the sum above does without
+            peaks = _load(v_peaks + blocks * strides[5] + keys % PAGE, is_read, is_read, IS_MASKED, False)
+            weights *= peaks[None, :]
         result = tl.dot(weights.to(DOT), values.to(DOT), result * shrink[:, None], input_precision="ieee")
         highest = new_highest
     return highest, total, result
@@ -143,7 +151,7 @@ def _load_query(
 @no_type_check
 def _walk_all(
     state, query, at, position, first, last, begin, first_key, stop_key,
-    k_base, v_base, table, strides, logit_scale, softcap,
+    k_base, v_base, k_peaks, v_peaks, table, strides, logit_scale, softcap,
     IS_DECODE: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, K_DIM: tl.constexpr,
     K_MAIN: tl.constexpr, K_REST: tl.constexpr, V_DIM: tl.constexpr, V_PAD: tl.constexpr,
     WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, DOT: tl.constexpr,
@@ -155,19 +163,19 @@ def _walk_all(
             full_begin = (tl.maximum(last - WINDOW + 1, 0) + TILE - 1) // TILE * TILE
             state = _walk(
                 state, query, at, begin, tl.minimum(full_begin, stop_key), first_key, stop_key,
-                k_base, v_base, table, strides, logit_scale, softcap,
+                k_base, v_base, k_peaks, v_peaks, table, strides, logit_scale, softcap,
                 True, TILE, PAGE, K_DIM, K_MAIN, K_REST, V_DIM, V_PAD, WINDOW, HAS_SOFTCAP, DOT,
             )  # fmt: skip
             begin = full_begin
         state = _walk(
             state, query, at, begin, full_end, first_key, stop_key,
-            k_base, v_base, table, strides, logit_scale, softcap,
+            k_base, v_base, k_peaks, v_peaks, table, strides, logit_scale, softcap,
             False, TILE, PAGE, K_DIM, K_MAIN, K_REST, V_DIM, V_PAD, WINDOW, HAS_SOFTCAP, DOT,
         )  # fmt: skip
         begin = tl.maximum(begin, full_end)
     return _walk(
         state, query, at, begin, stop_key, first_key, stop_key,
-        k_base, v_base, table, strides, logit_scale, softcap,
+        k_base, v_base, k_peaks, v_peaks, table, strides, logit_scale, softcap,
         True, TILE, PAGE, K_DIM, K_MAIN, K_REST, V_DIM, V_PAD, WINDOW, HAS_SOFTCAP, DOT,
     )  # fmt: skip
 
@@ -175,13 +183,15 @@ def _walk_all(
 @kernel
 @no_type_check
 def _store(
-    state, out, part_max, part_sum, v_scale, place, segment, is_query,
+    state, out, part_max, part_sum, v_scale, out_scale, place, segment, is_query,
     V_DIM: tl.constexpr, V_PAD: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
     """Results [tokens, heads], or a segment's part of them [tokens, heads, segments]."""
     highest, total, result = state
     if v_scale is not None:
         result *= tl.load(v_scale)
+    if out_scale is not None:
+        result *= out_scale
     values_at = tl.arange(0, V_PAD)[None, :]
     if SEGMENTS > 1:
         place = place * SEGMENTS + segment
@@ -197,8 +207,8 @@ def _store(
 @no_type_check
 def _attend(
     q, k_pages, v_pages, out, part_max, part_sum, tables, contexts, cu_seqlens, sinks, k_scale, v_scale,
-    num_rows, num_tokens, scale, softcap,
-    q_st, q_sh, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, table_stride,
+    k_peaks, v_peaks, num_rows, num_tokens, scale, softcap, out_scale,
+    q_st, q_sh, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, kp_sb, kp_sh, vp_sb, vp_sh, table_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr,
     TILE: tl.constexpr, PAGE: tl.constexpr, K_DIM: tl.constexpr, K_MAIN: tl.constexpr,
     K_REST: tl.constexpr, V_DIM: tl.constexpr, V_PAD: tl.constexpr, WINDOW: tl.constexpr,
@@ -240,10 +250,12 @@ def _attend(
     state = _walk_all(
         state, query, position + queries, position, first, last, begin, first_key, stop_key,
         k_pages + kv_head.to(tl.int64) * k_sh, v_pages + kv_head.to(tl.int64) * v_sh,
-        tables + row * table_stride, (k_sb, k_ss, v_sb, v_ss), logit_scale, softcap,
+        None if k_peaks is None else k_peaks + kv_head.to(tl.int64) * kp_sh,
+        None if v_peaks is None else v_peaks + kv_head.to(tl.int64) * vp_sh,
+        tables + row * table_stride, (k_sb, k_ss, v_sb, v_ss, kp_sb, vp_sb), logit_scale, softcap,
         IS_DECODE, TILE, PAGE, K_DIM, K_MAIN, K_REST, V_DIM, V_PAD, WINDOW, HAS_SOFTCAP, DOT,
     )  # fmt: skip
-    _store(state, out, part_max, part_sum, v_scale, tokens * HEADS + heads, segment, is_query,
+    _store(state, out, part_max, part_sum, v_scale, out_scale, tokens * HEADS + heads, segment, is_query,
            V_DIM, V_PAD, SEGMENTS)  # fmt: skip
 
 
@@ -316,40 +328,42 @@ def triton_paged_attention(
     sinks: torch.Tensor | None = None,  # [heads]
     key_scale: torch.Tensor | None = None,  # [1], float32: key = stored * key_scale
     value_scale: torch.Tensor | None = None,  # [1], float32
+    key_peaks: torch.Tensor | None = None,  # [blocks, kv_heads, BLOCK_SIZE], float32, of fp8 pages:
+    value_peaks: torch.Tensor | None = None,  # key = stored * peak / 448
     segments: int | None = None,
     config: TileConfig | None = None,
 ) -> torch.Tensor:  # [tokens, heads, value_dim]
-    """Causal attention over pages that hold the batch's own keys already.
+    """Causal attention over pages that hold the batch's own keys; a row's queries are its last positions.
 
-    A row's queries are its last positions. Nothing here waits for the device, and the grid depends on shapes
-    only. Rows give the same bits in any batch when `segments` and `config` are given and always the same.
+    Nothing here waits for the device, and the grid depends on shapes only. Rows give the same bits in any
+    batch when `segments` and `config` are given and always the same.
     """
     num_tokens, num_heads, k_dim = query.shape
     _, kv_heads, page, v_dim = value_pages.shape
     num_rows, max_blocks = tables.shape
-    is_decode = cu_seqlens is None
+    is_decode, group = cu_seqlens is None, num_heads // kv_heads
     if is_decode and num_tokens != num_rows:
         raise ValueError(f"{num_tokens} tokens for {num_rows} decoding rows")
-    group = num_heads // kv_heads
     config = config or tile_config(k_dim, v_dim, query.dtype, group, is_decode=is_decode)
     block_q = config.block_m // group
     if segments is None:
-        segments = 1
-        if is_decode:
-            most = max_blocks * page if window is None else min(max_blocks * page, window)
-            segments = num_segments(num_rows, kv_heads, most, config.tile, num_multiprocessors(query.device))
+        most = min(max_blocks * page, window or max_blocks * page)
+        at_once = num_multiprocessors(query.device)
+        segments = num_segments(num_rows, kv_heads, most, config.tile, at_once) if is_decode else 1
     out = torch.empty(num_tokens, num_heads, v_dim, dtype=query.dtype, device=query.device)
     parts, maxima, sums = out, out, out
     if segments > 1:
         maxima, sums = torch.empty(2, num_tokens, num_heads, segments, device=query.device)
         parts = torch.empty(num_tokens, num_heads, segments, v_dim, device=query.device)
     k_main, k_rest = _dims(k_dim)
-    logit_scale = scale / softcap if softcap else scale
+    logit_scale = (scale / softcap if softcap else scale) / (1.0 if key_peaks is None else MOST)
     _attend[(num_rows if is_decode else num_tokens // block_q + num_rows + 1, kv_heads, segments)](
         query, key_pages, value_pages, parts, maxima, sums, tables, contexts, cu_seqlens, sinks,
-        key_scale, value_scale, num_rows, num_tokens,
+        key_scale, value_scale, key_peaks, value_peaks, num_rows, num_tokens,
         logit_scale * _LOG2E.value, (softcap or 0.0) * _LOG2E.value,
-        *query.stride()[:2], *key_pages.stride()[:3], *value_pages.stride()[:3], tables.stride(0),
+        None if value_peaks is None else 1 / MOST,
+        *query.stride()[:2], *key_pages.stride()[:3], *value_pages.stride()[:3],
+        *peak_strides(key_peaks), *peak_strides(value_peaks), tables.stride(0),
         HEADS=num_heads, GROUP=group, BLOCK_M=config.block_m, BLOCK_Q=block_q, TILE=config.tile, PAGE=page,
         K_DIM=k_dim, K_MAIN=k_main, K_REST=k_rest, V_DIM=v_dim, V_PAD=max(16, power_of_2(v_dim)),
         WINDOW=window or 0, HAS_SOFTCAP=bool(softcap), IS_DECODE=is_decode, SEGMENTS=segments,

@@ -15,11 +15,12 @@ from typing import no_type_check
 
 import torch
 
+from pagebus.kernels.fp8 import MOST, peak_strides
 from pagebus.kernels.jit import cdiv, kernel, power_of_2, tl
+from pagebus.kernels.triton_fp8 import on_e4m3_grid
 from pagebus.kernels.triton_norm import reference_rms_norm
 
 _HEADS = 8  # heads a program
-_MOST_FP8 = 448.0  # float8_e4m3fn's largest value
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +71,26 @@ def _rotated(
 
 @kernel
 @no_type_check
-def _quantized(values, scale, IS_FP8: tl.constexpr, MOST: tl.constexpr):
+def _quantized(values, scale, peaks, peaks_at, is_head, IS_FP8: tl.constexpr, MOST: tl.constexpr):
+    """Heads' vectors as they are stored, by one scale for all or by each one's peak, which is written."""
     if scale is not None:
         values = values / tl.load(scale)
+    if peaks is not None:
+        is_broken = tl.max((values != values).to(tl.int32), 1) > 0  # a maximum passes over NaN
+        found = tl.where(is_broken, float("nan"), tl.max(tl.abs(values), 1))
+        tl.store(peaks + peaks_at, found, mask=is_head)
+        values *= (MOST / tl.maximum(found, 1e-30))[:, None]
     if IS_FP8:  # a conversion alone would make NaN of what is too large
-        values = tl.minimum(tl.maximum(values, -MOST), MOST)
+        values = on_e4m3_grid(tl.minimum(tl.maximum(values, -MOST), MOST))
     return values
 
 
 @kernel
 @no_type_check
 def _rope_kv(
-    qkv, q_out, k_pages, v_pages, positions, slots, cos, sin, q_weight, k_weight, k_scale, v_scale, eps,
-    qkv_st, table_stride, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss,
+    qkv, q_out, k_pages, v_pages, positions, slots, cos, sin, q_weight, k_weight, k_scale, v_scale,
+    k_peaks, v_peaks, eps,
+    qkv_st, table_stride, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, kp_sb, kp_sh, vp_sb, vp_sh,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, K_DIM: tl.constexpr, K_PAD: tl.constexpr,
     V_DIM: tl.constexpr, V_PAD: tl.constexpr, ROTARY: tl.constexpr, PAGE: tl.constexpr,
     HEADS: tl.constexpr, IS_INTERLEAVED: tl.constexpr, IS_OFFSET: tl.constexpr,
@@ -110,7 +118,8 @@ def _rope_kv(
         x_at = token * qkv_st + (Q_HEADS + heads[:, None]) * K_DIM
         turned = _rotated(qkv, x_at, cos, sin, k_weight, eps, is_head, dims, K_DIM, ROTARY,
                           IS_INTERLEAVED, IS_OFFSET)  # fmt: skip
-        turned = _quantized(turned, k_scale, IS_FP8, MOST)
+        k_peaks_at = block * kp_sb + heads * kp_sh + place
+        turned = _quantized(turned, k_scale, k_peaks, k_peaks_at, is_head, IS_FP8, MOST)
         k_at = k_pages + block * k_sb + place * k_ss + heads[:, None] * k_sh + dims[None, :]
         tl.store(k_at, turned.to(k_pages.dtype.element_ty), mask=is_head[:, None] & (dims < K_DIM)[None, :])
 
@@ -118,7 +127,9 @@ def _rope_kv(
         is_value = is_head[:, None] & (v_dims < V_DIM)[None, :]
         values_at = token * qkv_st + (Q_HEADS + KV_HEADS) * K_DIM + heads[:, None] * V_DIM + v_dims[None, :]
         values = tl.load(qkv + values_at, mask=is_value, other=0.0).to(tl.float32)
-        values = _quantized(values, v_scale, IS_FP8, MOST).to(v_pages.dtype.element_ty)
+        v_peaks_at = block * vp_sb + heads * vp_sh + place
+        values = _quantized(values, v_scale, v_peaks, v_peaks_at, is_head, IS_FP8, MOST)
+        values = values.to(v_pages.dtype.element_ty)
         v_at = v_pages + block * v_sb + place * v_ss + heads[:, None] * v_sh + v_dims[None, :]
         tl.store(v_at, values, mask=is_value)
 
@@ -137,8 +148,13 @@ def triton_rope_kv(
     norm: HeadNorm | None = None,
     key_scale: torch.Tensor | None = None,  # [1], float32: stored = key / key_scale
     value_scale: torch.Tensor | None = None,
+    key_peaks: torch.Tensor | None = None,  # [blocks, kv_heads, BLOCK_SIZE], float32, written; fp8 pages only
+    value_peaks: torch.Tensor | None = None,
 ) -> torch.Tensor:  # [tokens, heads, key_dim]
-    """The queries, rotated; rotated keys and values are written into their slots, no two tokens into one."""
+    """The queries, rotated; rotated keys and values are written into their slots, no two tokens into one.
+
+    With peaks, each vector's largest magnitude is written there and stored = vector * 448 / peak.
+    """
     num_tokens, (_, kv_heads, page, k_dim), v_dim = len(qkv), key_pages.shape, value_pages.shape[3]
     if qkv.shape[1] != num_heads * k_dim + kv_heads * (k_dim + v_dim):
         raise ValueError(
@@ -152,11 +168,13 @@ def triton_rope_kv(
     _rope_kv[(num_tokens, cdiv(num_heads, _HEADS) + cdiv(kv_heads, _HEADS))](
         qkv, query, key_pages, value_pages, positions, slots, cos, sin,
         norm.query_weight if norm else None, norm.key_weight if norm else None, key_scale, value_scale,
-        norm.eps if norm else 0.0, qkv.stride(0), cos.stride(0), *key_pages.stride()[:3],
-        *value_pages.stride()[:3], Q_HEADS=num_heads, KV_HEADS=kv_heads, K_DIM=k_dim, K_PAD=power_of_2(k_dim),
+        key_peaks, value_peaks, norm.eps if norm else 0.0, qkv.stride(0), cos.stride(0),
+        *key_pages.stride()[:3], *value_pages.stride()[:3], *peak_strides(key_peaks),
+        *peak_strides(value_peaks),
+        Q_HEADS=num_heads, KV_HEADS=kv_heads, K_DIM=k_dim, K_PAD=power_of_2(k_dim),
         V_DIM=v_dim, V_PAD=power_of_2(v_dim), ROTARY=2 * cos.shape[1], PAGE=page, HEADS=_HEADS,
         IS_INTERLEAVED=is_interleaved, IS_OFFSET=bool(norm and norm.is_offset),
-        IS_FP8=key_pages.dtype == torch.float8_e4m3fn, MOST=_MOST_FP8, num_warps=4,
+        IS_FP8=key_pages.dtype == torch.float8_e4m3fn, MOST=MOST, num_warps=4,
     )  # fmt: skip
     return query
 

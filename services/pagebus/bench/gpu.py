@@ -27,12 +27,13 @@ from pagebus.executor.batch import RowInput
 from pagebus.executor.kv_cache import needs_of
 from pagebus.executor.loader import load_model
 from pagebus.executor.memory import share_blocks
-from pagebus.executor.model_runner import ModelRunner
+from pagebus.executor.model_runner import ModelRunner, on_device
 from pagebus.requester.events import NewTokens, RequestFailed, RequestSpec
-from pagebus.settings.structs import ServeSettings
+from pagebus.settings.structs import KvCacheDtype, Quantization, ServeSettings
 
 RESULTS_FILE = "gpu.json"
 CONTEXT = 1024
+ROOM = 256  # tokens that rows may go on for
 _GREEDY = Sampling(temperature=0.0)
 
 
@@ -46,6 +47,23 @@ class GpuRequest:
     is_quick: bool = False
     has_bus: bool = True
 
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Another way to run a model, measured beside the plain one."""
+
+    name: str
+    kv_cache_dtype: KvCacheDtype = "auto"
+    quantization: Quantization = "none"
+    is_batch_invariant: bool = False
+
+
+_PLAIN = Variant("plain")
+_VARIANTS = (
+    Variant("fp8 KV", kv_cache_dtype="fp8"),
+    Variant("fp8 weights and KV", kv_cache_dtype="fp8", quantization="fp8"),
+    Variant("batch-invariant", is_batch_invariant=True),
+)
 
 Measurement = Callable[[], Iterator[Measured]]
 
@@ -83,6 +101,11 @@ def _measurements(
         yield f"{shape}, decode", model.decode
         yield f"{shape}, prefill", model.prefill
         yield f"{shape}, free", model.free
+    for variant in _VARIANTS if machine.device.type == "cuda" else ():
+        for shape in request.shapes:
+            model = _Model(shape, machine, folder, is_quick=request.is_quick, variant=variant)
+            yield f"{shape}, {variant.name}", model.decode
+            yield f"{shape}, {variant.name}, free", model.free
     for shape in request.shapes if request.has_bus else ():
         yield f"{shape}, over the bus", _OverTheBus(shape, machine, folder, is_quick=request.is_quick).measure
 
@@ -95,6 +118,7 @@ class _Machine:
         self._is_quick = is_quick
         self.bytes_per_s = 1.0
         self.flops = 1.0
+        self.plain_s: dict[str, float] = {}  # a plain step's, by the name of what was measured
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -137,9 +161,11 @@ class _Machine:
 class _Model:
     """A shape with random weights, loaded when it is first measured."""
 
-    def __init__(self, shape: str, machine: _Machine, folder: Path, *, is_quick: bool) -> None:
+    def __init__(
+        self, shape: str, machine: _Machine, folder: Path, *, is_quick: bool, variant: Variant = _PLAIN
+    ) -> None:
         self._shape, self._machine, self._folder = shape, machine, folder
-        self._is_quick = is_quick
+        self._is_quick, self._variant = is_quick, variant
         self._cost = cost_of(shape)
         self._runner: ModelRunner | None = None
         self._num_rows = (1, 4) if is_quick else (1, 8, 32, 64, 128, 256)
@@ -150,11 +176,23 @@ class _Model:
         if self._runner is None:
             device: Literal["cuda", "cpu"] = "cuda" if self._machine.device.type == "cuda" else "cpu"
             path = write_config(self._shape, self._folder)
-            loaded = load_model(path, device=device, load_format="dummy", max_model_len=4 * CONTEXT)
-            needs = needs_of(loaded.specs, loaded.dtype)
+            loaded = load_model(
+                path,
+                device=device,
+                load_format="dummy",
+                max_model_len=4 * CONTEXT,
+                kv_cache_dtype=self._variant.kv_cache_dtype,
+                quantization=self._variant.quantization,
+                is_batch_invariant=self._variant.is_batch_invariant,
+            )
+            needs = needs_of(loaded.specs, loaded.page_dtype)
             num_blocks = (max(self._num_rows) + 1) * (2 * CONTEXT // 16)
             budget = num_blocks * sum(need.bytes_a_block for need in needs)
-            self._runner = ModelRunner(loaded, share_blocks(needs, budget, loaded.max_model_len))
+            self._runner = on_device(
+                loaded,
+                share_blocks(needs, budget, loaded.max_model_len),
+                max_rows=max(self._num_rows),
+            )
         return self._runner
 
     def free(self) -> Iterator[Measured]:
@@ -166,15 +204,36 @@ class _Model:
         """Milliseconds of a step in which every row decodes."""
         for num_rows in self._num_rows:
             rows = self._rows(num_rows, num_ids=1, start=CONTEXT)
-            step_s = self._machine.time_s(partial(self.runner.step, rows), 5 if self._is_quick else 30)
+            step_s, note = self._step_s(rows)
+            name, note = f"{self._shape}, decode, {num_rows} rows", f"{num_rows / step_s:,.0f} tok/s{note}"
+            if self._variant is not _PLAIN:
+                plain_s = self._machine.plain_s.get(name)
+                note += "" if plain_s is None else f", {step_s / plain_s:.2f} x plain"
+                yield Measured(
+                    name=f"{name}, {self._variant.name}", value=step_s * 1e3, unit="ms", note=note
+                )  # fmt: skip
+                continue
+            self._machine.plain_s[name] = step_s
             floor_s = self._cost.decode_floor_s(
                 num_rows, CONTEXT, self._machine.bytes_per_s, self._machine.flops
             )
             yield Measured(
-                name=f"{self._shape}, decode, {num_rows} rows, context {CONTEXT}",
-                value=step_s * 1e3, unit="ms", floor=floor_s * 1e3,
-                note=f"{num_rows / step_s:,.0f} tok/s",
+                name=f"{name}, context {CONTEXT}",
+                value=step_s * 1e3, unit="ms", floor=floor_s * 1e3, note=note,
             )  # fmt: skip
+
+    def _step_s(self, rows: Sequence[RowInput]) -> tuple[float, str]:
+        """Seconds of a step as the executor launches it, and more about it."""
+        if self._machine.device.type == "cpu":
+            return self._machine.time_s(partial(self.runner.step, rows), 5 if self._is_quick else 30), ""
+        from pagebus.bench.gpu_decode import paced  # Triton: not on a CPU
+        from pagebus.executor.device_runner import DeviceRunner
+
+        if not isinstance(self.runner, DeviceRunner):
+            raise TypeError("a GPU without Triton")
+        found = paced(self.runner, rows, 40)
+        note = f", idle {100 * found.idle_share:.1f} %, launched in {found.launch_s * 1e6:.0f} us"
+        return found.step_s, note
 
     def prefill(self) -> Iterator[Measured]:
         """Prompt tokens a second, two prompts of the context a step."""
@@ -188,7 +247,7 @@ class _Model:
         )  # fmt: skip
 
     def _rows(self, num_rows: int, num_ids: int, start: int) -> list[RowInput]:
-        num_blocks = -(-(start + num_ids) // 16)
+        num_blocks = -(-(start + num_ids + ROOM) // 16)
         rng = random.Random(7)  # noqa: S311
         return [
             RowInput(

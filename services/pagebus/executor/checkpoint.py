@@ -15,7 +15,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _MAX_HEADER_BYTES = 100_000_000  # what safetensors itself accepts
-_TYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}  # others are quantized weights
+_FP8 = "F8_E4M3"
+_TYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "BOOL": 1, _FP8: 1}
+"""Bytes a number of each; others are quantized weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +27,25 @@ class Checkpoint:
     num_tensors: int
     num_bytes: int
     num_files: int
+    num_numbers: int  # in all tensors together
+    files: tuple[Path, ...]
 
 
-def check(path: Path) -> Checkpoint:
-    """Look at every file's header. Raises `ModelError` with what is wrong first."""
+def check(path: Path, *, is_scaled: bool = False) -> Checkpoint:
+    """Look at every file's header; `is_scaled`: fp8 is fine. Raises `ModelError` with what is wrong first."""
     if (path / INDEX).is_file():
         shards = _read_index(path)
     elif (path / SINGLE).is_file():
         shards = {SINGLE: []}
     else:
         raise ModelError(f"{path}: {_why_none(path)}")
-    num_tensors = num_bytes = 0
+    num_tensors = num_bytes = num_numbers = 0
     for position, (name, wanted) in enumerate(sorted(shards.items()), 1):
         file = path / name
         if not file.is_file():
             raise ModelError(f"{path}: shard {name} ({position} of {len(shards)} in {INDEX}) is missing")
-        sizes = dict(_read_header(file))
+        header = list(_read_header(file, is_scaled))
+        sizes = {tensor: size for tensor, size, _ in header}
         absent = [tensor for tensor in wanted if tensor not in sizes]
         if absent:
             raise ModelError(
@@ -49,7 +54,9 @@ def check(path: Path) -> Checkpoint:
             )
         num_tensors += len(sizes)
         num_bytes += sum(sizes.values())
-    return Checkpoint(num_tensors, num_bytes, len(shards))
+        num_numbers += sum(size // _TYPES[kind] for _, size, kind in header)
+    files = tuple(path / name for name in sorted(shards))
+    return Checkpoint(num_tensors, num_bytes, len(shards), num_numbers, files)
 
 
 def _why_none(path: Path) -> str:
@@ -78,8 +85,8 @@ def _read_index(path: Path) -> dict[str, list[str]]:
     return shards
 
 
-def _read_header(file: Path) -> Iterator[tuple[str, int]]:
-    """Each tensor's name and size in bytes."""
+def _read_header(file: Path, is_scaled: bool) -> Iterator[tuple[str, int, str]]:
+    """Each tensor's name, size in bytes, and type."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -95,10 +102,10 @@ def _read_header(file: Path) -> Iterator[tuple[str, int]]:
     end = 0
     for name, entry in header.items():
         kind, start, stop = _entry(file, name, entry)
-        if kind not in _TYPES:
+        if kind not in _TYPES or (kind == _FP8 and not is_scaled):
             raise ModelError(f"{file}: {name} is stored as {kind}, which is not supported")
         end = max(end, stop)
-        yield name, stop - start
+        yield name, stop - start, kind
     if 8 + length + end != size:
         what = "cut short" if 8 + length + end > size else "longer than it says"
         raise ModelError(f"{file}: {what}: {size} bytes where its header names {8 + length + end}")

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from pagebus.executor.attention import AttentionCall, FusedCall, answer, answering
+from pagebus.executor.attention import Attend, AttentionCall, FusedCall, answer, answering
+from pagebus.executor.fusing_residual import AddNorm, fuse_residuals
 from pagebus.executor.merging import LinearPart, Merged
 from pagebus.kernels.kv_write import BLOCK_SIZE
 from pagebus.kernels.triton_gated import Activation, triton_gated
@@ -35,14 +36,15 @@ class _Seen(NamedTuple):
     output: object
 
 
-def fuse(model: nn.Module, run: Callable[[], object]) -> dict[str, int]:
+def fuse(model: nn.Module, run: Callable[[Attend], object]) -> dict[str, int]:
     """Swap what can be, in place; how many of each kind.
 
-    `run` runs `model` once, on a few different tokens; `Probe` is there to answer its attention.
+    `run` runs `model` once, on a few different tokens, its attention answered by what it is given.
     """
-    counts = {"attention": 0, "gated": 0, "norm": 0}
+    counts = {"attention": 0, "gated": 0, "norm": 0, "residual": 0}
+    counts["residual"] = fuse_residuals(model, run, Probe(), _add_norm, _is_same)
     with torch.inference_mode():
-        _swap(model, _watch(model, run), counts)
+        _swap(model, _watch(model, lambda: run(Probe())), counts)
     return counts
 
 
@@ -106,6 +108,13 @@ class FusedNorm(nn.Module):
         normed, _ = triton_add_rms_norm(rows, None, self.weight, self._eps, is_offset=self._is_offset)
         return normed.view(hidden_states.shape)
 
+    def add(self, values: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """norm(values + residual) and values + residual."""
+        dim = values.shape[-1]
+        rows, before = values.reshape(-1, dim), residual.reshape(-1, dim)
+        normed, total = triton_add_rms_norm(rows, before, self.weight, self._eps, is_offset=self._is_offset)
+        return normed.view(values.shape), total.view(values.shape)
+
 
 def _eps_of(module: nn.Module) -> float | None:
     for name in ("variance_epsilon", "eps"):
@@ -134,6 +143,14 @@ class FusedGated(nn.Module):
         gated = triton_gated(wide.reshape(-1, wide.shape[-1]), self._activation)
         down: torch.Tensor = self.down(gated.view(*wide.shape[:-1], gated.shape[-1]))
         return down
+
+
+def _add_norm(module: nn.Module, given: torch.Tensor, wanted: torch.Tensor) -> AddNorm | None:
+    """Addition and norm in one kernel, where `module` is a norm that has one."""
+    for candidate in _norms(module):
+        if _is_same(candidate(given), wanted):
+            return candidate.add
+    return None
 
 
 def _gated(module: nn.Module) -> Iterator[FusedGated]:

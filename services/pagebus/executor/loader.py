@@ -6,9 +6,7 @@ with a directory is a `ModelError` of one sentence.
 
 import json
 import logging
-import os
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,19 +14,22 @@ from typing import Literal
 import torch
 import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from pagebus.executor import attention, checkpoint
+from pagebus.executor import attention, checkpoint, weights
 from pagebus.executor.attention import Attend, AttentionCall, FusedCall, answering
-from pagebus.executor.errors import ModelError
+from pagebus.executor.errors import ModelError, first_line
+from pagebus.executor.estimates import estimated_specs, num_weights
+from pagebus.executor.gpu_memory import check_fits
 from pagebus.executor.invariant import make_row_invariant
-from pagebus.executor.kv_cache import LayerSpec
+from pagebus.executor.kv_cache import LayerSpec, needs_of
 from pagebus.executor.latent import keep_latents
 from pagebus.executor.memory import return_freed_memory
 from pagebus.executor.merging import find_siblings, merge
-from pagebus.executor.progress import showing_transformers
 from pagebus.executor.rotary import fix_rotary
-from pagebus.settings.structs import Dtype, LoadFormat
+from pagebus.executor.scaled_weights import block_of
+from pagebus.kernels import fp8
+from pagebus.settings.structs import Dtype, KvCacheDtype, LoadFormat, Quantization
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class LoadedModel:
     max_model_len: int
     dtype: torch.dtype
     device: torch.device
+    page_dtype: torch.dtype  # of keys and values
+    is_batch_invariant: bool = False  # asked for on a GPU; on a CPU every model is
 
 
 def load_model(
@@ -61,10 +64,15 @@ def load_model(
     load_format: LoadFormat = "auto",
     seed: int = 0,
     max_model_len: int = 0,
+    kv_cache_dtype: KvCacheDtype = "auto",
+    quantization: Quantization = "none",
+    is_batch_invariant: bool = False,
+    room: int | None = None,
 ) -> LoadedModel:
     """The model in `path`; `load_format="dummy"` takes random weights and needs only the config.
 
-    `max_model_len` 0 means what the model allows. Raises `ModelError`.
+    `max_model_len` 0 means what the model allows. `room` is what the device has left for it, in bytes: what
+    cannot fit is refused before anything is loaded. Raises `ModelError`.
     """
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -74,28 +82,30 @@ def load_model(
     longest = _longest(path, config, max_model_len)
     target = torch.device(device)
     kind = choose_dtype(dtype, config, target)
+    pages = kind if kv_cache_dtype == "auto" else fp8.DTYPE
+    if room is not None:
+        _check_room(path, config, kind, pages, load_format, longest, is_asked=max_model_len > 0, room=room)
     if load_format == "dummy":
-        model = _dummy(path, config, kind, target, seed)
+        model = weights.random(path, config, kind, target, seed)
     else:
-        model = _with_weights(path, config, kind, target)
+        model = weights.read(path, config, kind, target)
     model.requires_grad_(False).train(False)
     _check_finite(path, model, kind)
     fix_rotary(model, longest)
-    siblings = find_siblings(model, lambda: _try_out(path, model, target, _zeros))
-    for group in siblings:
+    for group in find_siblings(model, lambda: _try_out(path, model, target, _zeros)):
         merge(group)
     num_latent = keep_latents(model)
     if num_latent:
         _log.info("%d layers of latent attention keep their expanding matrices by head", num_latent)
     if target.type == "cpu":
-        for copy in make_row_invariant(model):
-            _log.info(
-                "%s is kept twice, packed and as the embedding: a second copy of %.1f MiB",
-                copy.name, copy.num_bytes / 2**20,
-            )  # fmt: skip
+        _pack(model)
     specs = _probe(path, model, target, longest)
     if target.type == "cuda":
         _fuse(path, model, target)
+        is_fp8 = quantization == "fp8" or weights.quantization_of(config) is not None
+        _swap_products(path, model, is_fp8=is_fp8, is_batch_invariant=is_batch_invariant)
+    elif quantization == "fp8":
+        raise ModelError(f"{path}: --quantization fp8 needs a CUDA device")
     return LoadedModel(
         model=model,
         specs=specs,
@@ -103,6 +113,40 @@ def load_model(
         max_model_len=longest,
         dtype=kind,
         device=target,
+        page_dtype=pages,
+        is_batch_invariant=is_batch_invariant,
+    )
+
+
+def _pack(model: PreTrainedModel) -> None:
+    """Put row-invariant modules in the place of the model's, and say what that costs."""
+    for copy in make_row_invariant(model):
+        _log.info(
+            "%s is kept twice, packed and as the embedding: a second copy of %.1f MiB",
+            copy.name, copy.num_bytes / 2**20,
+        )  # fmt: skip
+
+
+def _check_room(
+    path: Path,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    pages: torch.dtype,
+    load_format: LoadFormat,
+    max_model_len: int,
+    *,
+    is_asked: bool,
+    room: int,
+) -> None:
+    """Refuse what cannot fit by the sizes that the config and the files' headers tell."""
+    is_scaled = weights.quantization_of(config) is not None
+    if load_format == "dummy":
+        numbers = num_weights(config)
+    else:
+        numbers = checkpoint.check(path, is_scaled=is_scaled).num_numbers
+    groups = needs_of(estimated_specs(config, max_model_len), pages)
+    check_fits(
+        str(path), numbers * dtype.itemsize, groups, max_model_len=max_model_len, is_asked=is_asked, left=room
     )
 
 
@@ -116,7 +160,7 @@ def _read_config(path: Path) -> PreTrainedConfig:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: its config.json is not JSON: {_first_line(error)}") from None
+        raise ModelError(f"{path}: its config.json is not JSON: {first_line(error)}") from None
     if not isinstance(raw, dict):
         raise ModelError(f"{path}: its config.json is not a JSON object")
     _check_family(path, raw)
@@ -125,7 +169,7 @@ def _read_config(path: Path) -> PreTrainedConfig:
             path, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # whatever transformers makes of a wrong field
-        raise ModelError(f"{path}: its config.json is not usable: {_first_line(error)}") from None
+        raise ModelError(f"{path}: its config.json is not usable: {first_line(error)}") from None
     _check_layers(path, config)
     return config
 
@@ -148,8 +192,11 @@ def _check_family(path: Path, raw: Mapping[str, object]) -> None:
         raise ModelError(
             f"{path}: architecture {classes[0]} is not a causal language model ({causal} would be); {_CAN}"
         )
-    if raw.get("quantization_config") is not None:
-        raise ModelError(f"{path}: its weights are quantized, which is not supported yet")
+    quantization = raw.get("quantization_config")
+    if isinstance(quantization, dict):
+        block_of(path, quantization)
+    elif quantization is not None:
+        raise ModelError(f"{path}: its quantization_config is not a JSON object")
 
 
 def _check_layers(path: Path, config: PreTrainedConfig) -> None:
@@ -199,85 +246,6 @@ def _has_bfloat16() -> bool:
     return any(bool(check()) for check in checks if callable(check))
 
 
-def _dummy(
-    path: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, seed: int
-) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    try:
-        with device:
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=dtype, attn_implementation=attention.INTERFACE, trust_remote_code=False
-            )
-    except Exception as error:
-        raise ModelError(f"{path}: cannot build the model: {_first_line(error)}") from error
-    return model
-
-
-def _with_weights(
-    path: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
-) -> PreTrainedModel:
-    found = checkpoint.check(path)
-    _log.info(
-        "loading %d tensors, %.1f MiB in %d files",
-        found.num_tensors,
-        found.num_bytes / 2**20,
-        found.num_files,
-    )
-    loaded: tuple[PreTrainedModel, Mapping[str, Collection[object]]]
-    try:
-        with showing_transformers("loading weights"), _one_by_one():
-            loaded = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
-                path,
-                config=config,
-                dtype=dtype,
-                attn_implementation=attention.INTERFACE,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-    except Exception as error:  # a field that the family lacks, whatever the headers do not show
-        raise ModelError(f"{path}: cannot load the weights: {_first_line(error)}") from error
-    model, info = loaded
-    _check_loaded(path, info)
-    on_device: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
-    return on_device
-
-
-def _check_loaded(path: Path, info: Mapping[str, Collection[object]]) -> None:
-    for key in info.get("mismatched_keys") or ():
-        match key:
-            case (name, stored, wanted):
-                raise ModelError(
-                    f"{path}: {name} has shape {_shape(stored)} in the weights, but the config asks for"
-                    f" {_shape(wanted)}"
-                )
-        raise ModelError(f"{path}: {key} has another shape than the config asks for")
-    missing = sorted(map(str, info.get("missing_keys") or ()))
-    if missing:
-        raise ModelError(f"{path}: {len(missing)} tensors are missing in the weights, such as {missing[0]}")
-
-
-def _shape(shape: object) -> str:
-    return str(list(shape)) if isinstance(shape, torch.Size | list | tuple) else str(shape)
-
-
-@contextmanager
-def _one_by_one() -> Iterator[None]:
-    """Let transformers read tensors when it needs them. Ahead, it would hold parts and wholes at once."""
-    name = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
 def _check_finite(path: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
     """A NaN in a weight would make every answer fail, one by one; here it has a name."""
     for name, weight in model.named_parameters():
@@ -325,10 +293,33 @@ def _fuse(path: Path, model: PreTrainedModel, device: torch.device) -> None:
     if not HAS_TRITON:
         _log.warning("there is no Triton here: the model runs unfused, and slowly")
         return
-    from pagebus.executor.fusing import Probe, fuse
+    from pagebus.executor.fusing import fuse
 
-    counts = fuse(model, lambda: _try_out(path, model, device, Probe(), num_tokens=5))
+    counts = fuse(model, lambda attend: _try_out(path, model, device, attend, num_tokens=5))
     _log.info("fused modules: %s", ", ".join(f"{count} {kind}" for kind, count in counts.items()))
+
+
+def _swap_products(path: Path, model: PreTrainedModel, *, is_fp8: bool, is_batch_invariant: bool) -> None:
+    """Experts as grouped products; linears in fp8; products of one cut. Raises `ModelError`."""
+    from pagebus.kernels.jit import HAS_TRITON
+
+    if not HAS_TRITON:
+        if is_fp8 or is_batch_invariant:
+            flag = "--batch-invariant" if is_batch_invariant else "fp8"
+            raise ModelError(f"{path}: {flag} on a GPU needs Triton, which this machine does not have")
+        return
+    from pagebus.executor.gpu_experts import group_experts
+    from pagebus.executor.gpu_linears import make_batch_invariant, quantize_linears
+
+    num_experts = group_experts(model)
+    if num_experts:
+        _log.info("%d layers of experts as grouped products", num_experts)
+    if is_fp8:
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        _log.info("linears in fp8: %d", quantize_linears(model, head, is_fixed=is_batch_invariant))
+    if is_batch_invariant:
+        counts = make_batch_invariant(model)
+        _log.info("batch-invariant: %s", ", ".join(f"{count} {kind}" for kind, count in counts.items()))
 
 
 def _try_out(
@@ -341,7 +332,7 @@ def _try_out(
             model(input_ids=positions % _num_embeddings(model), position_ids=positions, use_cache=False)
     except Exception as error:
         raise ModelError(
-            f"{path}: {model.config.model_type} cannot run paged: {_first_line(error)}; {_CAN}"
+            f"{path}: {model.config.model_type} cannot run paged: {first_line(error)}; {_CAN}"
         ) from error
 
 
@@ -358,8 +349,3 @@ def _num_embeddings(model: PreTrainedModel) -> int:
     if not isinstance(embeddings, nn.Embedding):
         raise ModelError(f"{model.config.model_type} has no token embeddings")
     return embeddings.num_embeddings
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]

@@ -107,6 +107,23 @@ def share_blocks(groups: Sequence[GroupNeed], budget: int, max_model_len: int) -
     return _filled(groups, sizes, [_MAX_SEQUENCES * h for h in held], budget)
 
 
+def bytes_of_longest(groups: Sequence[GroupNeed], max_model_len: int) -> int:
+    """What one sequence of `max_model_len` tokens holds at once."""
+    return _bytes(groups, [_held(group, max_model_len) for group in groups])
+
+
+def longest_that_fits(groups: Sequence[GroupNeed], budget: int, max_model_len: int) -> int:
+    """The longest sequence, in whole blocks, at most `max_model_len`, that `budget` bytes hold; 0: none."""
+    low, high = 0, -(-max_model_len // BLOCK_SIZE)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if bytes_of_longest(groups, middle * BLOCK_SIZE) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return min(low * BLOCK_SIZE, max_model_len)
+
+
 def _added(first: Sequence[int], second: Sequence[int]) -> list[int]:
     return [one + other for one, other in zip(first, second, strict=True)]
 

@@ -15,17 +15,23 @@ from torch import nn
 from pagebus.bus.messages import Logprobs, PoolGroup
 from pagebus.executor.attention import AttentionCall, FusedCall, answering
 from pagebus.executor.batch import BlockCopy, RowInput, RowOutput
+from pagebus.executor.cpu_cache import CpuCache, can_hold
+from pagebus.executor.cpu_program import find_program
+from pagebus.executor.cpu_run import CpuProgram
 from pagebus.executor.errors import BrokenModelError, ModelError
-from pagebus.executor.kv_cache import Cache, needs_of
+from pagebus.executor.gpu_memory import CudaMemory, share_of
+from pagebus.executor.kv_cache import Cache, is_fp8
+from pagebus.executor.kv_sizing import num_blocks_of
 from pagebus.executor.linears import padded_size
 from pagebus.executor.loader import LoadedModel, load_model
 from pagebus.executor.logits_processors import flaw_of
 from pagebus.executor.logprobs import describe, describe_each, joined
-from pagebus.executor.memory import blocks_of_groups, keep_freed_memory, num_physical_cores
+from pagebus.executor.memory import keep_freed_memory, num_physical_cores
 from pagebus.executor.pulse import Pulse
 from pagebus.executor.sampling import sample
 from pagebus.executor.scan import Scan, scan
 from pagebus.executor.torch_cache import PagedCache
+from pagebus.kernels.cpu_library import library_for
 from pagebus.kernels.kv_write import BLOCK_SIZE
 from pagebus.kernels.paged_attention import RowSpan
 from pagebus.settings.structs import ExecutorSettings
@@ -59,7 +65,17 @@ class ModelRunner:
         base = loaded.model.base_model
         if base is loaded.model:
             raise ModelError(f"{loaded.model.config.model_type} has no model below its head")
-        base.register_forward_hook(self._note_finite)
+        self._hook = base.register_forward_hook(self._note_finite)
+        self._program: CpuProgram | None = None  # runs the layers instead of the model's modules
+        self._normed = torch.empty(0)  # of the program, in this step
+        if isinstance(self._cache, CpuCache):
+            self._program = find_program(
+                loaded.model, loaded.specs, self._cache, loaded.vocab_size, loaded.max_model_len
+            )
+
+    def close(self) -> None:
+        """Let go of the model, which lives on; the pages go when nobody holds this any more."""
+        self._hook.remove()
 
     @property
     def pool(self) -> tuple[PoolGroup, ...]:
@@ -159,6 +175,11 @@ class ModelRunner:
 
     def _forward(self, batch: _Batch, wanted: list[int]) -> torch.Tensor:
         """Beat two: the logits after the flat tokens `wanted`, float [len(wanted), vocabulary]."""
+        if self._program is not None:
+            num = batch.last[-1] + 1
+            ids, positions = batch.ids[0, :num].numpy(), batch.positions[0, :num].numpy()
+            self._normed, self._is_finite = self._program.run(ids, positions, batch.spans, self.pulse.beat)
+            return self._program.logits(self._normed[wanted])
         answer = self._cache.answer(batch.spans, batch.ids.shape[1])
 
         def attend(call: AttentionCall | FusedCall) -> torch.Tensor:
@@ -182,6 +203,8 @@ class ModelRunner:
 
     def _more_logits(self, batch: _Batch, wanted: list[int]) -> torch.Tensor:
         """As `_forward`, of tokens of the same step: the head alone, over what the body gave."""
+        if self._program is not None:
+            return self._program.logits(self._normed[wanted])
         model = self._loaded.model
         name, body = model.base_model_prefix, model.base_model
         setattr(model, name, _Given(self._hidden))
@@ -266,7 +289,18 @@ def make_cache(loaded: LoadedModel, num_blocks: Sequence[int], pulse: Pulse) -> 
             from pagebus.executor.triton_cache import TritonCache
 
             on_compiling(pulse.tell_compiling)
-            return TritonCache(loaded.specs, num_blocks, loaded.dtype, loaded.device)
+            return TritonCache(
+                loaded.specs,
+                num_blocks,
+                loaded.page_dtype,
+                loaded.device,
+                is_batch_invariant=loaded.is_batch_invariant,
+            )
+    if is_fp8(loaded.page_dtype):
+        raise ModelError("--kv-cache-dtype fp8 needs a CUDA device and Triton")
+    library = library_for(loaded.dtype) if loaded.device.type == "cpu" and can_hold(loaded.specs) else None
+    if library is not None:
+        return CpuCache(loaded.specs, num_blocks, library)
     return PagedCache(loaded.specs, num_blocks, loaded.dtype, loaded.device)
 
 
@@ -302,6 +336,7 @@ def build_runner(settings: ExecutorSettings, path: Path) -> ModelRunner:
     """
     device = _choose_device(settings)
     if device == "cpu":
+        _refuse_on_cpu(settings)
         torch.set_num_threads(settings.num_threads or num_physical_cores())
     loaded = load_model(
         path,
@@ -310,17 +345,44 @@ def build_runner(settings: ExecutorSettings, path: Path) -> ModelRunner:
         load_format=settings.load_format,
         seed=settings.seed,
         max_model_len=settings.max_model_len,
+        kv_cache_dtype=settings.kv_cache_dtype,
+        quantization=settings.quantization,
+        is_batch_invariant=settings.batch_invariant,
+        room=share_of(CudaMemory(torch.device(device)), settings.gpu_memory_utilization).left
+        if device == "cuda"
+        else None,
     )
     if device == "cpu":
         keep_freed_memory()  # from now on; loading gives back what it frees
-    num_blocks = blocks_of_groups(
-        needs_of(loaded.specs, loaded.dtype),
-        max_model_len=loaded.max_model_len,
-        device=loaded.device,
-        kv_cache_memory=settings.kv_cache_memory,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
+    most = settings.max_num_seqs
+    num_blocks = num_blocks_of(
+        loaded, settings, lambda sizes: on_device(loaded, sizes, max_rows=most, is_eager=True)
     )
+    return on_device(loaded, num_blocks, max_rows=settings.max_num_seqs, is_eager=settings.enforce_eager)
+
+
+def on_device(
+    loaded: LoadedModel, num_blocks: Sequence[int], *, max_rows: int, is_eager: bool = False
+) -> ModelRunner:
+    """The runner that the model's device runs best with: on CUDA one whose rows' state stays there."""
+    if loaded.device.type == "cuda":
+        from pagebus.kernels.jit import HAS_TRITON
+
+        if HAS_TRITON:
+            from pagebus.executor.device import CudaDevice
+            from pagebus.executor.device_runner import DeviceRunner
+
+            device = CudaDevice(loaded.device)
+            return DeviceRunner(loaded, num_blocks, device, max_rows=max_rows, is_eager=is_eager)
     return ModelRunner(loaded, num_blocks)
+
+
+def _refuse_on_cpu(settings: ExecutorSettings) -> None:
+    """Say what only a GPU can do before anything is loaded."""
+    if settings.kv_cache_dtype != "auto":
+        raise ModelError(f"--kv-cache-dtype {settings.kv_cache_dtype} needs a CUDA device")
+    if settings.quantization != "none":
+        raise ModelError(f"--quantization {settings.quantization} needs a CUDA device")
 
 
 def _choose_device(settings: ExecutorSettings) -> Literal["cpu", "cuda"]:

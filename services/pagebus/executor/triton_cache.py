@@ -9,6 +9,7 @@ import torch
 
 from pagebus.executor.attention import Attend, AttentionCall, FusedCall
 from pagebus.executor.kv_cache import LayerSpec, Pages, slots_of
+from pagebus.kernels.fp8 import quantize
 from pagebus.kernels.jit import power_of_2
 from pagebus.kernels.kv_write import BLOCK_SIZE
 from pagebus.kernels.paged_attention import RowSpan
@@ -39,7 +40,7 @@ class TritonCache(Pages):
         self,
         specs: Sequence[LayerSpec],
         num_blocks: Sequence[int],  # of each KV group
-        dtype: torch.dtype,
+        dtype: torch.dtype,  # of the pages; float8_e4m3fn: with a peak for each vector
         device: torch.device,
         *,
         is_batch_invariant: bool = False,
@@ -83,19 +84,21 @@ class TritonCache(Pages):
         """Write the call's keys and values, then attend: [tokens, heads, value_dim]."""
         step = steps[self.group_of[call.layer]]
         key_pages, value_pages = self.of_layer[call.layer]
+        key_peaks, value_peaks = self.peaks_of_layer.get(call.layer, (None, None))
         if isinstance(call, FusedCall):
             if value_pages is None:
                 raise TypeError("a latent layer is not fused")
             query = triton_rope_kv(
                 call.qkv, key_pages, value_pages, step.tokens, step.slots, call.cos, call.sin,
                 num_heads=call.num_heads, is_interleaved=call.is_interleaved, norm=call.norm,
+                key_peaks=key_peaks, value_peaks=value_peaks,
             )  # fmt: skip
         else:
-            key_pages[step.blocks, :, step.places] = call.key.transpose(0, 1).to(key_pages.dtype)
+            _write(key_pages, key_peaks, call.key, step)
             if value_pages is None:
                 value_pages = key_pages[..., : call.value.shape[-1]]
             else:
-                value_pages[step.blocks, :, step.places] = call.value.transpose(0, 1).to(value_pages.dtype)
+                _write(value_pages, value_peaks, call.value, step)
             query = call.query.transpose(0, 1)
         num_heads, key_dim = query.shape[1:]
         config = None
@@ -113,6 +116,19 @@ class TritonCache(Pages):
             window=self.windows[self.group_of[call.layer]],
             softcap=call.softcap,
             sinks=call.sinks,
+            key_peaks=key_peaks,
+            value_peaks=value_peaks,
             segments=1 if self._is_batch_invariant else None,
             config=config,
         )
+
+
+def _write(pages: torch.Tensor, peaks: torch.Tensor | None, new: torch.Tensor, step: GroupStep) -> None:
+    """Store new keys or values [kv_heads, tokens, dim] in their slots."""
+    vectors = new.transpose(0, 1)
+    if peaks is None:
+        pages[step.blocks, :, step.places] = vectors.to(pages.dtype)
+        return
+    stored, found = quantize(vectors)
+    pages.view(torch.uint8)[step.blocks, :, step.places] = stored.view(torch.uint8)
+    peaks[step.blocks, :, step.places] = found

@@ -33,6 +33,7 @@ def test_references_work_without_triton() -> None:
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
         "from pagebus.kernels import attention_reference, jit, triton_attention, triton_filters\n"
+        "from pagebus.kernels import triton_experts, triton_fp8, triton_linear\n"
         "from pagebus.kernels import triton_gated, triton_norm, triton_penalties\n"
         "from pagebus.kernels import triton_rope_kv, triton_sampling\n"
         "assert not jit.HAS_TRITON\n"

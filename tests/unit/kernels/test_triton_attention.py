@@ -72,6 +72,21 @@ def test_softcap_sinks_and_pages_head_major(is_decode, dtype) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("is_decode", [False, True])
+@pytest.mark.parametrize("segments", [1, 4])
+def test_fp8_pages_with_a_peak_for_each_vector(dtype, is_decode, segments) -> None:
+    """Vectors' sizes differ by five orders of magnitude."""
+    rows = [(1, 90), (1, 0), (1, 33), (1, 1)] if is_decode else MIXED
+    check_attention(
+        AttentionCase(
+            rows, k_dim=40, v_dim=24, dtype=dtype, is_decode=is_decode, segments=segments if is_decode else 1,
+            has_peaks=True, has_sinks=True, softcap=20.0, window=None if is_decode else 30, config=SMALL,
+            is_head_major=segments == 4, tolerance=2e-3 if dtype == torch.float32 else 0.2,
+        )
+    )  # fmt: skip
+
+
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 40)), min_size=1, max_size=4),

@@ -45,6 +45,19 @@ def test_rope_kv_types(slot_dtype, dtype) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("is_head_major", [False, True])
+@pytest.mark.parametrize(("k_dim", "v_dim"), [(32, 32), (24, 40)])
+def test_rope_kv_in_fp8_with_a_peak_for_each_vector(is_head_major, k_dim, v_dim) -> None:
+    check_rope(
+        RopeCase(5, 3, k_dim, v_dim, 16, norm="plain", page_dtype=torch.float8_e4m3fn, has_peaks=True,
+                 is_head_major=is_head_major)
+    )  # fmt: skip
+
+
+def test_a_value_that_is_no_number_shows_in_its_peak() -> None:
+    check_rope(RopeCase(2, 2, 16, 16, 16, page_dtype=torch.float8_e4m3fn, has_peaks=True, has_nan=True))
+
+
 def test_rope_kv_of_no_tokens() -> None:
     check_rope(RopeCase(4, 2, 16, 16, 16, num_tokens=0))
 

@@ -97,12 +97,12 @@ def test_freed_and_foreign_blocks_are_not_read(tmp_path, runner_of):
     assert torch.equal(wanted, again)
 
 
-FUSED = {  # attention, gated, norm
-    "llama": (3, 3, 7),
-    "gemma2": (3, 3, 13),
-    "phi3": (3, 3, 7),
-    "gpt_oss": (3, 0, 7),
-    "olmo2": (0, 3, 13),
+FUSED = {  # attention, gated, norms that stand alone, layers whose residual is added and normed at once
+    "llama": (3, 3, 1, 3),
+    "gemma2": (3, 3, 7, 3),
+    "phi3": (3, 3, 1, 3),
+    "gpt_oss": (3, 0, 1, 3),
+    "olmo2": (0, 3, 13, 0),
 }
 
 
@@ -112,8 +112,9 @@ def test_fused_models_give_the_same_tokens(tmp_path, runner_of, caplog, kind):
     path = make_model(kind, tmp_path / "model", has_tokenizer=False)
     with caplog.at_level("INFO", "pagebus.executor.loader"):
         runner = runner_of(path, is_fused=True, max_model_len=family.max_model_len)
-    attention, gated, norm = FUSED[kind]
-    assert f"fused modules: {attention} attention, {gated} gated, {norm} norm" in caplog.text
+    attention, gated, norm, residual = FUSED[kind]
+    told = f"fused modules: {attention} attention, {gated} gated, {norm} norm, {residual} residual"
+    assert told in caplog.text
     rng = random.Random(1)
     blocks, rows = Blocks(runner), []
     for length in (3, 40):

@@ -107,6 +107,7 @@ class HandScheduler:
                 num_generated=len(received),
                 max_tokens=max_tokens,
                 min_tokens=min_tokens,
+                all_ids=pack_ids(ids) if sampling.needs_history else b"",
             ),
             ids=ids,
             tables=[[] for _ in self.free],

@@ -1,7 +1,10 @@
 """Services broken on purpose, each in one place: what the seeded simulation must find out."""
 
+from dataclasses import replace
+
 import msgspec
 
+from pagebus.executor import launches
 from pagebus.executor.lease import PlanState
 from pagebus.executor.rows import Row as ExecutorRow
 from pagebus.requester.client import Requester
@@ -215,3 +218,35 @@ def chunk_starts_one_late(patch):
         return made
 
     patch(ExecutorRow, "prefill_input", prefill_input)
+
+
+@mutation
+def slots_are_looked_up_for_what_was_collected(patch):
+    original = ExecutorRow.has_slots
+
+    def has_slots(self, end):
+        return original(self, end - self.next_position + self.position)
+
+    patch(ExecutorRow, "has_slots", has_slots)
+
+
+@mutation
+def row_that_ended_is_launched_on(patch):
+    patch(ExecutorRow, "is_at_end", property(lambda self: False))
+
+
+@mutation
+def step_behind_one_that_raised_is_kept(patch):
+    patch(launches.Ahead, "_drop_work", lambda self: None)
+
+
+@mutation
+def row_is_computed_anew_from_garbage(patch):
+    def known_inputs(step):
+        return [
+            (number, replace(row_input, follows=None))
+            for number, (row, row_input) in enumerate(zip(step.rows, step.inputs, strict=True))
+            if not row.is_over
+        ]
+
+    patch(launches, "known_inputs", known_inputs)

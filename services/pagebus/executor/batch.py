@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from pagebus.bus.messages import Logprobs, PoolGroup, Sampling
 from pagebus.executor.pulse import Pulse
@@ -26,6 +26,13 @@ class RowInput:
     num_prompt: int = 0  # the row's first so many ids are the prompt's
     history: Sequence[int] = ()  # all ids so far, prompt first; only where `sampling.needs_history`
     banned_ids: Sequence[int] = ()  # ids that must not be made now: the stop ids below `min_tokens`
+    key: int = -1  # the row's handle, the same in all its steps; reused by another row in a new epoch only
+    follows: int | None = None
+    """The one id is the one that row number `follows` of the launch directly before makes.
+
+    `ids` is `(0,)` then and says nothing. Only decode rows follow, only where not `sampling.needs_history`.
+    A runner that is not pipelined never sees such a row.
+    """
 
 
 @dataclass(slots=True)
@@ -70,3 +77,32 @@ class Runner(Protocol):
 
     def step(self, rows: Sequence[RowInput]) -> list[RowOutput]:
         """Write the rows' KV, attend, and sample: one output a row, in order."""
+
+
+@runtime_checkable
+class PipelinedRunner(Runner, Protocol):
+    """A model on a device with a queue of its own: a step is launched before the one before it is collected.
+
+    Launches are collected in their order, each once, and at most two are uncollected. `copy_blocks` is
+    ordered with the launches, on the same stream. `step` is `launch` and `collect`, asked for only while
+    nothing is uncollected. A launch that raised leaves nothing to collect; one whose `collect` raised is done
+    with. What was launched before or after it is collected all the same, in order, or raises as well.
+    """
+
+    @property
+    def is_pipelined(self) -> bool:
+        """Whether `launch` and `collect` may be used; where not (a model on the CPU), `step` alone is."""
+
+    def launch(self, rows: Sequence[RowInput]) -> object:
+        """Start a step and return, without waiting for the device, what `collect` takes."""
+
+    def collect(self, launched: object) -> list[RowOutput]:
+        """Wait for the launched step: one output a row, in order.
+
+        A row that follows one that made no id (it failed) may give any output: nobody looks at it.
+        """
+
+
+def pipelined(runner: Runner) -> PipelinedRunner | None:
+    """The runner as one that is pipelined, or None where it is not."""
+    return runner if isinstance(runner, PipelinedRunner) and runner.is_pipelined else None

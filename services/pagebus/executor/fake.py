@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagebus.bus.messages import PoolGroup, Sampling
-from pagebus.executor.batch import BlockCopy, RowInput, RowOutput
+from pagebus.executor.batch import BlockCopy, RowInput, RowOutput, Runner
 from pagebus.executor.pulse import Pulse
 from pagebus.settings.structs import ExecutorSettings
 
@@ -196,9 +196,11 @@ class FakeRunner:
         return int(np.dot(words, self._powers[begin:end]))
 
 
-def build_fake_runner(settings: ExecutorSettings) -> FakeRunner:
-    """The fake model as `--fake` serves it; with faults where the environment asks for them."""
-    from pagebus.executor.fake_faults import faulty_runner  # which builds on this module
+def build_fake_runner(settings: ExecutorSettings) -> Runner:
+    """The fake model as `--fake` serves it; with faults and a device where the environment says so."""
+    from pagebus.executor.fake_device import on_device  # which build on this module
+    from pagebus.executor.fake_faults import faulty_runner
 
     max_model_len = settings.max_model_len or 32768
-    return faulty_runner(max_model_len, os.environ) or FakeRunner(max_model_len=max_model_len)
+    model = faulty_runner(max_model_len, os.environ) or FakeRunner(max_model_len=max_model_len)
+    return on_device(model, os.environ)

@@ -7,11 +7,11 @@ no bus and no tensors.
 import enum
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from pagebus.bus.messages import DecodeError, Grant, Plan, PoolGroup, StepDone, pack_handles
-from pagebus.executor.batch import BlockCopy, RowInput, RowOutput
+from pagebus.executor.batch import BlockCopy, RowOutput
+from pagebus.executor.launched import LaunchedStep, crash, land
 from pagebus.executor.parsed import ParsedChunk, ParsedStart, ParsedStep, joined_chunks, parse
 from pagebus.executor.reports import Report, RowFailure, RowResult, make_report
 from pagebus.executor.rows import Row, flaw_of
@@ -25,20 +25,6 @@ class Outcome(enum.Enum):
     STALE = "stale"  # of a lower epoch than one heard, or for another executor
     GAP = "gap"  # a plan before it is missing
     INVALID = "invalid"  # malformed: nothing of it was applied
-
-
-@dataclass(slots=True)
-class LaunchedStep:
-    """A step being computed: `inputs[i]` belongs to `rows[i]`; `plan` was the last one at its launch.
-
-    `copies` of blocks come first.
-    """
-
-    epoch: int
-    plan: int
-    rows: list[Row]
-    inputs: list[RowInput]
-    copies: list[BlockCopy]
 
 
 class View(NamedTuple):
@@ -56,11 +42,15 @@ class View(NamedTuple):
 class PlanState:
     """Rows by handle and the lease. Not thread-safe: whoever runs the steps owns it.
 
-    One step is in flight at most: `next_step`, then `complete` or `fail_step`. Plans may be taken in
-    between; rows that they drop are still reported with the step that was launched with them.
+    `max_in_flight` steps are in flight at most (1 or 2): `next_step`, then `complete` or `fail_step` of the
+    oldest. Plans may be taken in between; rows that they drop are still reported with the steps that were
+    launched with them. A snapshot and a new epoch, which may hand out every block anew, are taken only while
+    nothing is in flight, unless one step at a time is enough.
     """
 
-    def __init__(self, executor: str, pool: Sequence[PoolGroup], max_model_len: int) -> None:
+    def __init__(
+        self, executor: str, pool: Sequence[PoolGroup], max_model_len: int, *, max_in_flight: int = 1
+    ) -> None:
         self._executor = executor
         self._pool = tuple(pool)
         self._block_size = pool[0].block_size
@@ -73,7 +63,8 @@ class PlanState:
         self._lease: deque[ParsedStep] = deque()
         self._prompts: dict[int, ParsedChunk] = {}  # all that the lease brings of a row, by handle
         self._copies: list[BlockCopy] = []  # before the next step
-        self._in_flight: LaunchedStep | None = None
+        self._in_flight: deque[LaunchedStep] = deque()
+        self._max_in_flight = max_in_flight
         self._failures: list[RowFailure] = []
         self._misses_plan = False  # until any plan is taken
         self._needs_snapshot = False  # until a snapshot is taken
@@ -114,8 +105,25 @@ class PlanState:
         """Steps of the lease that are not launched yet."""
         return len(self._lease)
 
+    @property
+    def num_in_flight(self) -> int:
+        """Steps that were launched and neither completed nor failed."""
+        return len(self._in_flight)
+
+    @property
+    def oldest_in_flight(self) -> LaunchedStep | None:
+        """The one to be completed next."""
+        return self._in_flight[0] if self._in_flight else None
+
+    def needs_quiet(self, plan: Plan) -> bool:
+        """Whether a plan is to be taken only while nothing is in flight: it may hand out blocks anew."""
+        return plan.is_snapshot or plan.epoch != self._epoch
+
     def acknowledgement(self) -> StepDone:
-        """A bare one, for a plan that no step will acknowledge soon."""
+        """A bare one, for a plan that no step will acknowledge soon.
+
+        Not while a step is in flight that was launched before the plan: rows that it released are in there.
+        """
         return StepDone(
             executor=self._executor, epoch=self._epoch, plan=self._plan, num_steps=self._num_steps
         )
@@ -227,19 +235,23 @@ class PlanState:
     # -- steps -------------------------------------------------------------------------------------------
 
     def next_step(self) -> LaunchedStep | None:
-        """The next step of the lease with what its rows compute, or None when nothing can be launched.
+        """The next step of the lease with what its rows compute, or None when nothing can be launched now.
 
-        Steps in which every row is skipped are dropped. Raises `RuntimeError` while a step is in flight.
+        Steps in which every row is skipped are dropped. After a step whose ids the host must know before
+        the next one (penalties, a grammar), nothing is launched until it is collected. Raises `RuntimeError`
+        while as many steps as may be are in flight.
         """
-        if self._in_flight is not None:
-            raise RuntimeError("a step is in flight already")
+        if len(self._in_flight) >= self._max_in_flight:
+            raise RuntimeError(f"{len(self._in_flight)} steps are in flight already")
+        if self._in_flight and self._in_flight[-1].makes_history:
+            return None
         while self._lease:
             step = self._lease.popleft()
             launched = LaunchedStep(self._epoch, self._plan, [], [], [])
             self._fill(launched, step)
             if launched.rows:
                 launched.copies, self._copies = self._copies, []
-                self._in_flight = launched
+                self._in_flight.append(launched)
                 return launched
         return None
 
@@ -250,14 +262,13 @@ class PlanState:
             row = self._rows.get(chunk.handle)
             if row is None or row.is_over or chunk.handle in taken:
                 continue
-            if chunk.start > row.position:
+            if chunk.start > row.next_position:
                 self._needs_snapshot = True
                 continue
             row_input = row.prefill_input(chunk, self._prompts[chunk.handle])
             if row_input is not None:
                 taken.add(chunk.handle)
-                launched.rows.append(row)
-                launched.inputs.append(row_input)
+                launched.add(row, row_input)
         for handle in step.decode:
             row = self._rows.get(handle)
             if row is None or handle in taken:
@@ -265,61 +276,33 @@ class PlanState:
             row_input = row.decode_input()
             if row_input is not None:
                 taken.add(handle)
-                launched.rows.append(row)
-                launched.inputs.append(row_input)
+                launched.add(row, row_input)
 
     def complete(self, step: LaunchedStep, outputs: Sequence[RowOutput], duration_s: float) -> Report | None:
-        """The step in flight made `outputs` (one a row): what to send.
+        """The oldest step in flight made `outputs` (one a row): what to send.
 
         None where nothing is left to say: a step of a former epoch, or all its rows ended meanwhile. Raises
         `ValueError` where there is not one output a row; the step is still in flight then.
         """
         if len(outputs) != len(step.rows):
             raise ValueError(f"{len(outputs)} outputs for {len(step.rows)} rows")
-        self._land(step)
-        if step.epoch != self._epoch:
+        if not self._take_off(step):
             return None
-        results: list[RowResult] = []
-        failures: list[RowFailure] = []
-        for row, row_input, output in zip(step.rows, step.inputs, outputs, strict=True):
-            if row.is_over:
-                continue
-            made = output.id if row_input.is_sampled else None
-            error = output.error
-            if error is None and row_input.is_sampled and (made is None or not 0 <= made < 1 << 31):
-                error = f"the model made {made} as an id"
-            if error is not None:
-                row.error = error
-                failures.append(RowFailure(row, error, "row_failed", is_retryable=False))
-                continue
-            row.advance(len(row_input.ids), made)
-            prompt = output.prompt_logprobs
-            results.append(
-                RowResult(
-                    row,
-                    made,
-                    output.logprobs,
-                    None if prompt is None else (row_input.start + 1, prompt),
-                )
-            )
-        return self._report(step.plan, results, failures, duration_s)
+        landed = land(step, outputs)
+        return self._report(step.plan, landed.results, landed.failures, duration_s)
 
     def fail_step(self, step: LaunchedStep, message: str, duration_s: float) -> Report | None:
-        """The step in flight raised: its rows failed, requesters may ask again. None as for `complete`."""
-        self._land(step)
-        if step.epoch != self._epoch:
+        """The oldest step in flight raised: its rows fail, to be asked for again. None as in `complete`."""
+        if not self._take_off(step):
             return None
-        failures = []
-        for row in step.rows:
-            if not row.is_over:
-                row.error = message
-                failures.append(RowFailure(row, message, "step_failed", is_retryable=True))
-        return self._report(step.plan, [], failures, duration_s)
+        return self._report(step.plan, [], crash(step, message).failures, duration_s)
 
-    def _land(self, step: LaunchedStep) -> None:
-        if step is not self._in_flight:
-            raise RuntimeError("this step is not in flight")
-        self._in_flight = None
+    def _take_off(self, step: LaunchedStep) -> bool:
+        """The step is in flight no more; whether it is of this epoch."""
+        if not self._in_flight or step is not self._in_flight[0]:
+            raise RuntimeError("this is not the oldest step in flight")
+        self._in_flight.popleft()
+        return step.epoch == self._epoch
 
     # -- rows that end outside a step --------------------------------------------------------------------
 
@@ -344,11 +327,18 @@ class PlanState:
             self._failures.append(RowFailure(row, message, "row_failed", is_retryable=False))
 
     def report_failures(self) -> Report | None:
-        """Rows that ended outside a step, as a step of their own: so it is repeated until acknowledged."""
+        """Rows that ended outside a step, as a step of their own: so it is repeated until acknowledged.
+
+        It says no more of plans than the steps in flight will: rows that later plans released may be there.
+        """
         if not self._failures:
             return None
         failures, self._failures = self._failures, []
-        return self._report(self._plan, [], failures, 0.0)
+        return self._report(self._reported_plan, [], failures, 0.0)
+
+    @property
+    def _reported_plan(self) -> int:
+        return next((step.plan for step in self._in_flight if step.epoch == self._epoch), self._plan)
 
     def _report(
         self, plan: int, results: list[RowResult], failures: list[RowFailure], duration_s: float

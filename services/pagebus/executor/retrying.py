@@ -26,8 +26,12 @@ def compute(runner: Runner, rows: Sequence[RowInput]) -> list[RowOutput]:
     except BrokenModelError:
         raise
     except Exception as error:
-        _log.exception("a step of %d rows failed; it is tried again in parts", len(rows))
-        first = error
+        return compute_again(runner, rows, error)
+
+
+def compute_again(runner: Runner, rows: Sequence[RowInput], first: Exception) -> list[RowOutput]:
+    """The same, where the whole step has raised `first` already."""
+    _log.error("a step of %d rows failed; it is tried again in parts", len(rows), exc_info=first)
     found = _in_parts(runner, rows)
     is_nobody_right = all(isinstance(each, Exception) for each in found)
     if is_nobody_right and (len(rows) > 1 or is_out_of_memory(first)):

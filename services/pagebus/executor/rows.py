@@ -7,6 +7,8 @@ from pagebus.bus.messages import FinishReason, Logprobs, TokenRow
 from pagebus.executor.batch import RowInput
 from pagebus.executor.parsed import ParsedChunk, ParsedStart
 
+_UNKNOWN_IDS = (0,)
+
 
 def flaw_of(parsed: ParsedStart, max_model_len: int) -> str | None:
     """Why no row can be made from `parsed`, or None."""
@@ -32,9 +34,15 @@ class Row:
     """A row's progress. It alone guards that positions are computed once and in order.
 
     ```
-    ids        | prompt and received ones (num_ids) | made 1 | made 2 = last_id |
-    position    computed: KV written ...........................^ next to compute
+    ids            | prompt and received ones (num_ids) | made 1 | made 2 = last_id | being made |
+    position        computed and collected: KV written .............^ next to collect
+    next_position   ... or launched .................................................^ next to launch
     ```
+
+    A row may be launched before its last id is known: it *follows* the row number `source` of the launch
+    directly before, which makes that id. `next_position` and `next_index` are those of a launch to come;
+    `position` and `num_generated` those that were collected. A step in flight ends with all of its rows
+    collected or over, so what was launched is never taken back.
     """
 
     __slots__ = (
@@ -44,9 +52,12 @@ class Row:
         "finish_reason",
         "history",
         "last_id",
+        "next_index",
+        "next_position",
         "num_generated",
         "num_prompt",
         "position",
+        "source",
         "start",
         "stop_ids",
         "tables",
@@ -56,8 +67,9 @@ class Row:
         start = parsed.start
         self.start = start
         self.block_size = block_size
-        self.position = start.num_cached
-        self.num_generated = start.num_generated
+        self.position = self.next_position = start.num_cached
+        self.num_generated = self.next_index = start.num_generated
+        self.source = -1
         self.num_prompt = start.num_ids - start.num_generated
         self.last_id: int | None = None
         self.stop_ids = parsed.stop_ids
@@ -75,11 +87,11 @@ class Row:
     def grant(self, group: int, offset: int, blocks: "array[int]") -> str | None:
         """Put `blocks` into a group's table from `offset` on; or, changing nothing, say why that is wrong.
 
-        Blocks below the row's position hold its KV, so they can be given up (-1) but never replaced.
+        Blocks below the row's next position hold its KV, so they can be given up (-1) but never replaced.
         The table is a new array each time: a runner may still look at the old one.
         """
         table = self.tables[group]
-        num_written = min(-(-self.position // self.block_size), len(table))
+        num_written = min(-(-self.next_position // self.block_size), len(table))
         for entry in range(offset, min(offset + len(blocks), num_written)):
             if blocks[entry - offset] not in (table[entry], -1):
                 return f"block {table[entry]} of group {group} was replaced under computed positions"
@@ -89,8 +101,8 @@ class Row:
         return None
 
     def has_slots(self, end: int) -> bool:
-        """Whether every table holds blocks for the positions from the row's own to `end`."""
-        first, last = self.position // self.block_size, (end - 1) // self.block_size
+        """Whether every table holds blocks for the positions from the row's next one to `end`."""
+        first, last = self.next_position // self.block_size, (end - 1) // self.block_size
         for table in self.tables:
             if last >= len(table):
                 return False
@@ -98,42 +110,68 @@ class Row:
                 return False
         return True
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether its last id is being made: the next launch of the row follows the one before."""
+        return self.next_index > self.num_generated
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether it is over, or will be, whatever it makes, once what was launched is collected."""
+        return self.is_over or self.next_index >= self.start.max_tokens
+
     def prefill_input(self, chunk: ParsedChunk, prompt: ParsedChunk) -> RowInput | None:
-        """As many positions as `chunk` has, from the row's own position on, or None.
+        """As many positions as `chunk` has, from the row's next position on, or None.
 
         `prompt` is all that the lease brings of the row. A chunk that was computed before the plan came is so
-        made up for by the next one. The chunk must not start beyond the row's position.
+        made up for by the next one. The chunk must not start beyond the row's next position.
         """
         if self.is_over:
             return None
-        end = min(self.position + chunk.end - chunk.start, prompt.end)
-        if end <= self.position or not self.has_slots(end):
+        first = self.next_position
+        end = min(first + chunk.end - chunk.start, prompt.end)
+        if end <= first or not self.has_slots(end):
             end = chunk.end
-            if end <= self.position or not self.has_slots(end):
+            if end <= first or not self.has_slots(end):
                 return None
         source = prompt if end <= prompt.end else chunk
-        ids = source.ids[self.position - source.start : end - source.start]
-        return self._input(ids, is_sampled=end == self.start.num_ids)
+        ids = source.ids[first - source.start : end - source.start]
+        return self._input(ids, None, is_sampled=end == self.start.num_ids)
 
     def decode_input(self) -> RowInput | None:
-        """The row's last id as the next position, or None where the row cannot decode now."""
-        if self.last_id is None or self.is_over or not self.has_slots(self.position + 1):
-            return None
-        return self._input((self.last_id,), is_sampled=True)
+        """The row's last id as the next position, or None where the row cannot decode now.
 
-    def _input(self, ids: Sequence[int], *, is_sampled: bool) -> RowInput:
+        Where that id is being made, the input follows the launch directly before this one.
+        """
+        if self.is_at_end or not self.has_slots(self.next_position + 1):
+            return None
+        if self.is_ahead:
+            return self._input(_UNKNOWN_IDS, self.source, is_sampled=True)
+        return None if self.last_id is None else self._input((self.last_id,), None, is_sampled=True)
+
+    def _input(self, ids: Sequence[int], follows: int | None, *, is_sampled: bool) -> RowInput:
+        start, index = self.start, self.next_index
         return RowInput(
-            ids=ids,
-            start=self.position,
-            tables=self.tables,
-            sampling=self.start.sampling,
-            choice=self.start.choice,
-            index=self.num_generated,
-            is_sampled=is_sampled,
-            num_prompt=self.num_prompt,
-            history=() if self.history is None else self.history,
-            banned_ids=self.banned_ids if self.num_generated < self.start.min_tokens else (),
+            ids,
+            self.next_position,
+            self.tables,
+            start.sampling,
+            start.choice,
+            index,
+            is_sampled,
+            self.num_prompt,
+            () if self.history is None else self.history,
+            self.banned_ids if index < start.min_tokens else (),
+            start.handle,
+            follows,
         )
+
+    def launch(self, num_computed: int, number: int, *, is_sampled: bool) -> None:
+        """`num_computed` more positions are being computed, as row `number` of a launch."""
+        self.next_position += num_computed
+        if is_sampled:
+            self.next_index += 1
+            self.source = number
 
     def advance(self, num_computed: int, made: int | None) -> None:
         """`num_computed` more positions have their KV; decide whether the id made, if any, ends the row."""

@@ -32,6 +32,7 @@ from pagebus.bus.protocol import (
     Subscription,
 )
 from pagebus.executor.batch import Runner
+from pagebus.executor.cpu_start import begin_compiling
 from pagebus.executor.endings import Endings
 from pagebus.executor.fake import build_fake_runner
 from pagebus.executor.liveness import Answer, Probes
@@ -61,6 +62,7 @@ def build(settings: ExecutorSettings, path: Path) -> Runner:
     """The model of `settings`: the fake one, or the one in directory `path`."""
     if settings.fake:
         return build_fake_runner(settings)
+    begin_compiling(settings, path)
     from pagebus.executor.model_runner import build_runner  # loads torch: not for the fake model
 
     return build_runner(settings, path)

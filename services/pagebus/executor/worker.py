@@ -92,24 +92,26 @@ class Worker:
         self._flush([*left, Stopped(error)])
 
     def _serve(self, steps: StepLoop) -> None:
-        is_idle = False
+        is_waiting = False
         while True:
             # 1. What the loop handed over; an idle thread waits for it.
-            commands = self._receive(is_idle)
+            commands = self._receive(is_waiting)
             if any(isinstance(command, Stop) for command in commands):
+                steps.finish()
                 self._flush(steps.take_events())
                 return
             # 2. The next step.
-            step = steps.begin(commands)
+            steps.begin(commands)
             self._view = steps.view
             # 3. Publish what the step before made while this one computes.
             self._flush(steps.take_events())
-            is_idle = step is None
-            if step is not None:
-                steps.run(step)
+            # 4. Compute it; or wait for the oldest one that was launched.
+            if steps.due is not None:
+                steps.run()
+            is_waiting = steps.is_idle
 
-    def _receive(self, is_idle: bool) -> list[Command]:
-        commands = [self._commands.get()] if is_idle else []
+    def _receive(self, is_waiting: bool) -> list[Command]:
+        commands = [self._commands.get()] if is_waiting else []
         while True:
             try:
                 commands.append(self._commands.get_nowait())

@@ -16,7 +16,8 @@ from pagebus.executor import service as executor_service
 from pagebus.executor.batch import RowInput, RowOutput, Runner
 from pagebus.executor.errors import BrokenModelError
 from pagebus.executor.fake import FakeModel, FakeRunner
-from pagebus.executor.lease import LaunchedStep
+from pagebus.executor.fake_device import FakeDevice
+from pagebus.executor.launched import LaunchedStep
 from pagebus.executor.step_loop import Event
 from pagebus.requester.client import Requester
 from pagebus.scheduler.service import SchedulerService
@@ -184,9 +185,15 @@ class Processes:
         loop, name = asyncio.get_running_loop(), process.name
         runner = SimulatedRunner(self._model, num_blocks=self._scenario.num_blocks, max_model_len=256)
         process.runner = runner
+        device = FakeDevice(
+            runner,
+            is_pipelined=self._scenario.is_pipelined,
+            raises_late=self._scenario.raises_late,
+            clock=loop.time,
+        )
         steps = TimedSteps(
             name,
-            lambda: runner,
+            lambda: device,
             loop=loop,
             step_s=self._scenario.step_s,
             fate=lambda step: self._fate(name, step),

@@ -38,6 +38,8 @@ class Scenario:
     num_poison: int  # requests that kill their executor
     num_raising: int  # requests whose step raises
     share_impatient: float  # requests that are cancelled, or have a short deadline
+    is_pipelined: bool = False  # executors launch a step before they have collected the one before
+    raises_late: bool = True  # ... where a step that raises does so when it is collected, not when launched
 
     @property
     def is_orderly(self) -> bool:

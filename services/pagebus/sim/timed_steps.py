@@ -2,12 +2,14 @@
 
 import asyncio
 import enum
+import math
+from collections import deque
 from collections.abc import Callable
 
 from pagebus.bus.messages import Plan
 from pagebus.executor.batch import Runner
-from pagebus.executor.errors import BrokenModelError
-from pagebus.executor.lease import LaunchedStep, PlanState, View
+from pagebus.executor.launched import LaunchedStep
+from pagebus.executor.lease import PlanState, View
 from pagebus.executor.pulse import Pulse
 from pagebus.executor.step_loop import Command, EndRequesters, Event, HandOver, Hear, StepLoop, Stop, Stopped
 
@@ -29,9 +31,9 @@ class StaleError(AssertionError):
 
 
 class TimedSteps:
-    """A step takes `step_s`, and a little for each row; building the model takes `START_S`.
+    """A step takes `step_s`, and `row_s` for each row; building the model takes `START_S`.
 
-    `fate` is asked before each step; `die` ends the simulated process.
+    Steps that are launched ahead queue up. `fate` is asked at each launch; `die` ends the simulated process.
     """
 
     def __init__(
@@ -41,11 +43,13 @@ class TimedSteps:
         *,
         loop: asyncio.AbstractEventLoop,
         step_s: float = STEP_S,
+        row_s: float = STEP_ROW_S,
         fate: Callable[[LaunchedStep], StepFate] = lambda step: StepFate.FINE,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self.num_steps = 0
         self._step_s = step_s
+        self._row_s = row_s
         self._fate = fate
         self._on_death = on_death
         self._heard_epoch = 0
@@ -56,7 +60,9 @@ class TimedSteps:
         self._loop = loop
         self._commands: list[Command] = []
         self._steps: StepLoop | None = None
-        self._running: LaunchedStep | None = None
+        self._ends_s: deque[float] = deque()  # of each launched step; infinity: never
+        self._free_s = 0.0  # when all that was launched is done
+        self._is_waiting = False  # for the oldest of them
         self._is_stopped = False
         self._is_dead = False
 
@@ -114,7 +120,7 @@ class TimedSteps:
 
     def _put(self, command: Command) -> None:
         self._commands.append(command)
-        if self._running is None and len(self._commands) == 1:
+        if not self._is_waiting and len(self._commands) == 1:
             self._loop.call_soon(self._turn)
 
     def _load(self) -> None:
@@ -123,19 +129,29 @@ class TimedSteps:
             self._turn()
 
     def _turn(self) -> None:
-        if self._is_dead or self._is_stopped or self._running is not None or self._steps is None:
+        steps = self._steps
+        if self._is_dead or self._is_stopped or self._is_waiting or steps is None:
             return
-        commands, self._commands = self._commands, []
-        is_last = any(isinstance(command, Stop) for command in commands)
-        if not is_last:
-            self._running = self._steps.begin(commands)
-        for event in self._steps.take_events():
-            self.on_event(event)
-        if is_last:
-            self._is_stopped = True
-            self.on_event(Stopped(None))
-        elif self._running is not None:
-            self._launch(self._running)
+        while True:
+            commands, self._commands = self._commands, []
+            if any(isinstance(command, Stop) for command in commands):
+                self._end(steps, None)
+                return
+            try:
+                step = steps.begin(commands)
+            except BaseException as error:  # as in the worker's thread
+                self._end(steps, error)
+                return
+            self._tell(steps)
+            if step is not None:
+                self._launch(step)
+            if steps.due is not None:
+                self._is_waiting = True
+                if self._ends_s[0] < math.inf:
+                    self._loop.call_at(self._ends_s[0], self._finish)
+                return
+            if steps.is_idle:
+                return
 
     def _launch(self, step: LaunchedStep) -> None:
         if (step.epoch, step.plan) not in self._known:
@@ -143,28 +159,38 @@ class TimedSteps:
                 f"{self._executor} computes plan {step.plan} of epoch {step.epoch}, which is over"
             )
         self.num_steps += 1
-        match self._fate(step):
-            case StepFate.DIE:
-                self._loop.call_soon(self._on_death)
-            case StepFate.HANG:
-                self.pulse.begin()
-            case StepFate.FINE:
-                self.pulse.begin()
-                self._loop.call_later(self._step_s + STEP_ROW_S * len(step.rows), self._finish, step)
+        begin_s = max(self._loop.time(), self._free_s)
+        fate = self._fate(step)
+        is_fine = fate is StepFate.FINE
+        self._free_s = begin_s + self._step_s + self._row_s * len(step.rows) if is_fine else math.inf
+        self._ends_s.append(self._free_s)
+        if fate is StepFate.DIE and begin_s < math.inf:
+            self._loop.call_at(begin_s, self._on_death)
+        if not self.pulse.is_busy:
+            self.pulse.begin()
 
-    def _finish(self, step: LaunchedStep) -> None:
+    def _finish(self) -> None:
         if self._is_dead or self._steps is None:
             return
-        error: BrokenModelError | None = None
+        self._is_waiting = False
+        self._ends_s.popleft()
         try:
-            self._steps.run(step)
-        except BrokenModelError as caught:
-            error = caught
-        self._running = None
-        if error is None:
+            self._steps.run()
+        except BaseException as error:  # as in the worker's thread
+            self._end(self._steps, error)
+        else:
             self._turn()
-            return
+
+    def _end(self, steps: StepLoop, error: BaseException | None) -> None:
         self._is_stopped = True
-        for event in self._steps.take_events():
-            self.on_event(event)
+        if error is None:
+            try:
+                steps.finish()
+            except BaseException as caught:
+                error = caught
+        self._tell(steps)
         self.on_event(Stopped(error))
+
+    def _tell(self, steps: StepLoop) -> None:
+        for event in steps.take_events():
+            self.on_event(event)

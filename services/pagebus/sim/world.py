@@ -8,12 +8,12 @@ import random
 import time
 from collections import Counter
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from unittest import mock
 
 from pagebus.bus.memory import MemoryBroker
 from pagebus.executor.fake import FakeModel
-from pagebus.executor.lease import LaunchedStep
+from pagebus.executor.launched import LaunchedStep
 from pagebus.requester.client import Ticket
 from pagebus.requester.events import Event, RequestFailed
 from pagebus.sim import checks, virtual_time
@@ -61,7 +61,9 @@ class World:
     def __init__(self, seed: int, num_requests: int | None, *, is_told: bool) -> None:
         self._loop = asyncio.get_running_loop()
         self._rng = random.Random(seed)  # noqa: S311
-        self.scenario: Scenario = draw(self._rng, num_requests)
+        self.scenario: Scenario = replace(
+            draw(self._rng, num_requests), is_pipelined=seed % 2 == 1, raises_late=seed % 4 == 1
+        )
         self.history = History(self._loop.time, is_told=is_told)
         self._bus = BadBus(self._rng, self.scenario)
         self.broker = MemoryBroker(faults=self._bus)

@@ -1,5 +1,6 @@
 """Random plans, lost, doubled and reordered, against the state machine: what must hold whatever comes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import hypothesis.strategies as st
@@ -7,8 +8,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pagebus.bus.messages import Hello, Plan, Sampling, StepDone, unpack_grants, unpack_handles, unpack_ids
+from pagebus.executor.batch import RowInput, RowOutput
 from pagebus.executor.fake import FakeModel, FakeRunner, fake_sequence
-from pagebus.executor.lease import LaunchedStep, Outcome, PlanState
+from pagebus.executor.fake_device import FakeDevice
+from pagebus.executor.launched import LaunchedStep
+from pagebus.executor.launches import Ahead
+from pagebus.executor.lease import Outcome, PlanState
 from pagebus.executor.reports import Outbox, Report
 from tests.support.hand_scheduler import HandScheduler
 
@@ -36,13 +41,27 @@ class Request:
         return self.finish_reason is None and not self.is_cancelled
 
 
+class TroubledRunner(FakeRunner):
+    """Raises in its next steps where it is told to."""
+
+    num_raises = 0
+
+    def step(self, rows: Sequence[RowInput]) -> list[RowOutput]:
+        if self.num_raises:
+            self.num_raises -= 1
+            raise MemoryError("no memory")
+        return super().step(rows)
+
+
 class PlanMachine(RuleBasedStateMachine):
     """A scheduler, an executor and a requester; every message between the first two may be lost or late."""
 
+    max_in_flight = 1
+
     def __init__(self) -> None:
         super().__init__()
-        self.runner = FakeRunner(MODEL, num_blocks=NUM_BLOCKS, max_model_len=MAX_LEN)
-        self.state = PlanState("ex", self.runner.pool, MAX_LEN)
+        self.runner = TroubledRunner(MODEL, num_blocks=NUM_BLOCKS, max_model_len=MAX_LEN)
+        self.state = PlanState("ex", self.runner.pool, MAX_LEN, max_in_flight=self.max_in_flight)
         self.outbox = Outbox()
         self.plans: list[Plan] = []
         self.dones: list[StepDone] = []
@@ -115,9 +134,9 @@ class PlanMachine(RuleBasedStateMachine):
             self.deliver_dones()
 
     def launch_and_complete(self) -> None:
-        if self.in_flight is None:
+        if self.can_launch:
             self.launch()
-        if self.in_flight is not None:
+        if self.state.num_in_flight:
             self.complete()
 
     def write_plan(self, is_snapshot: bool, horizon: int) -> None:
@@ -194,6 +213,10 @@ class PlanMachine(RuleBasedStateMachine):
 
     # -- the executor ------------------------------------------------------------------------------------
 
+    @property
+    def can_launch(self) -> bool:
+        return self.in_flight is None
+
     def take_plan(self, plan: Plan) -> None:
         self.outbox.acknowledge(plan.epoch, plan.num_steps_acknowledged)
         outcome = self.state.take_plan(plan)
@@ -206,13 +229,13 @@ class PlanMachine(RuleBasedStateMachine):
         if self.in_flight is None and outcome in (Outcome.TAKEN, Outcome.DUPLICATE):
             self.dones.append(self.state.acknowledgement())
 
-    @precondition(lambda self: self.in_flight is None)
+    @precondition(lambda self: self.can_launch)
     @rule()
     def launch(self) -> None:
         step = self.state.next_step()
         if step is None:
             return
-        self.in_flight = step
+        self.put_in_flight(step)
         assert step.epoch == self.last_taken[0]
         for row, row_input in zip(step.rows, step.inputs, strict=True):
             key = (step.epoch, row.start.handle)
@@ -222,20 +245,26 @@ class PlanMachine(RuleBasedStateMachine):
             end = row_input.start + len(row_input.ids)
             self.positions[key] = end
             sequence = request.prompt + request.expected
-            assert list(row_input.ids) == sequence[row_input.start : end]
+            if row_input.follows is None:
+                assert list(row_input.ids) == sequence[row_input.start : end]
+            else:
+                assert (len(row_input.ids), end - 1) == (1, len(request.prompt) + row_input.index - 1)
             # 2. Only blocks that some plan gave to this very row.
             for table, granted in zip(row_input.tables, self.granted[key], strict=True):
                 for entry in range(row_input.start // 16, (end - 1) // 16 + 1):
                     assert table[entry] == granted[entry]
 
-    @precondition(lambda self: self.in_flight is not None)
+    def put_in_flight(self, step: LaunchedStep) -> None:
+        self.in_flight = step
+
+    @precondition(lambda self: self.state.num_in_flight > 0)
     @rule()
     def complete(self) -> None:
         assert self.in_flight is not None
         step, self.in_flight = self.in_flight, None
         self.take_report(self.state.complete(step, self.runner.step(step.inputs), 0.001))
 
-    @precondition(lambda self: self.in_flight is not None)
+    @precondition(lambda self: self.state.num_in_flight > 0)
     @rule(chance=st.integers(0, 3))
     def fail(self, chance: int) -> None:
         assert self.in_flight is not None
@@ -301,18 +330,73 @@ class PlanMachine(RuleBasedStateMachine):
         self.write_plan(self.scheduler.needs_snapshot(hello) or view.plan != self.scheduler.sequence, 4)
         self.take_plan(self.plans.pop())
         while True:
-            if self.in_flight is not None:
+            if self.state.num_in_flight:
                 self.complete()
-            self.launch()
-            if self.in_flight is None:
+            if self.can_launch:
+                self.launch()
+            if not self.state.num_in_flight:
                 break
         self.repeat()
         self.dones.append(self.state.acknowledgement())
         self.deliver_dones()
 
 
+class AheadPlanMachine(PlanMachine):
+    """The same with steps launched ahead of what was collected, on a device."""
+
+    max_in_flight = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = Ahead(FakeDevice(self.runner), lambda: self.now_s)
+        self.owes_acknowledgement = False
+
+    @property
+    def can_launch(self) -> bool:
+        return self.launches.can_launch
+
+    def put_in_flight(self, step: LaunchedStep) -> None:
+        self.owes_acknowledgement = False
+        self.launches.launch(step)
+
+    def take_plan(self, plan: Plan) -> None:
+        while self.state.needs_quiet(plan) and self.state.num_in_flight:
+            self.complete()
+        self.in_flight = self.state.oldest_in_flight  # for what follows: nothing is acknowledged then
+        super().take_plan(plan)
+        self.owes_acknowledgement = self.in_flight is not None
+
+    @precondition(lambda self: self.state.num_in_flight > 0)
+    @rule()
+    def complete(self) -> None:
+        step = self.state.oldest_in_flight
+        assert step is not None
+        assert step is self.launches.oldest
+        try:
+            report = self.state.complete(step, self.launches.collect(), 0.001)
+        except MemoryError as error:
+            self.runner.num_raises = 0
+            report = self.state.fail_step(step, str(error), 0.001)
+        self.take_report(report)
+        if self.state.num_in_flight == 0 and self.owes_acknowledgement:
+            self.owes_acknowledgement = False
+            self.dones.append(self.state.acknowledgement())
+
+    @precondition(lambda self: self.state.num_in_flight > 0)
+    @rule(chance=st.integers(0, 3), is_for_good=st.booleans())
+    def fail(self, chance: int, is_for_good: bool) -> None:
+        """One that raises costs nothing; where all parts do it is nobody's fault, and fails the step."""
+        if not chance:
+            self.runner.num_raises = 1000 if is_for_good else 1
+
+    def teardown(self) -> None:
+        self.runner.num_raises = 0
+        super().teardown()
+
+
 TestPlans = PlanMachine.TestCase
-TestPlans.settings = settings(
+TestPlansAhead = AheadPlanMachine.TestCase
+TestPlans.settings = TestPlansAhead.settings = settings(
     max_examples=100,
     stateful_step_count=80,
     deadline=None,

@@ -19,6 +19,13 @@ from tests.support.executor_tests import PROMPTS, SETTINGS, executor, scheduler
 from tests.support.hand_scheduler import HandScheduler
 
 
+@pytest.fixture(autouse=True, params=["in_turn", "ahead"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Steps one after the other, or launched ahead of what was collected."""
+    monkeypatch.setattr(executor_tests, "as_built", getattr(executor_tests, request.param))
+    return str(request.param)
+
+
 @pytest.fixture
 def buses() -> tuple[MemoryBus, MemoryBus]:
     broker = MemoryBroker()

@@ -1,6 +1,6 @@
 """Measures the scheduler's core: microseconds a step, with everything switched on.
 
-`python -m pagebus.bench.scheduler [--rows 256 1024 4096] [--steps 400] [--horizon 0] [--step-ms 8]`
+`pagebus bench scheduler [--rows 256 1024 4096] [--steps 400] [--horizon 0] [--step-ms 8]`
 
 An executor that does exactly what plans say is imitated outside the measured time. The critical path is
 what lies between a step's report and the plan that it leads to: decode the report, take it, plan, encode
@@ -12,10 +12,14 @@ prefix; the pool's free blocks all come from the prefix cache, so that every blo
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
+from pagebus.bench.processes import machine
 from pagebus.bus import subjects
 from pagebus.bus.messages import (
     Generate,
@@ -46,8 +50,9 @@ class Figures(NamedTuple):
     num_plans: int
 
 
-def main() -> None:
-    """Print mean, median and 99th percentile for each number of rows."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Print mean, median and 99th percentile for each number of rows. `words`: the arguments; None: those of
+    the process."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,7 +60,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--horizon", type=int, default=0)
     parser.add_argument("--step-ms", type=float, default=8.0, help="step time that the executor reports")
-    arguments = parser.parse_args()
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    arguments = parser.parse_args(words)
+    told: list[dict[str, float]] = []
     print("    rows   mean us a step   median      p99      bar   settled later   admission, us   plans")
     for num_rows in arguments.rows:
         found = measure(num_rows, arguments.steps, arguments.horizon, arguments.step_ms / 1e3)
@@ -65,6 +72,20 @@ def main() -> None:
             f"{steps[int(len(steps) * 0.99)]:8.1f} {_BARS_US.get(num_rows, 0) or '':>8} "
             f"{statistics.fmean(found.settle_us):15.1f} {found.admit_us:15.1f} {found.num_plans:7}"
         )
+        told.append(
+            {
+                "rows": num_rows,
+                "step_mean_us": statistics.fmean(steps),
+                "step_median_us": statistics.median(steps),
+                "step_p99_us": steps[int(len(steps) * 0.99)],
+                "settle_mean_us": statistics.fmean(found.settle_us),
+                "admission_us": found.admit_us,
+            }
+        )
+    if arguments.json is not None:
+        file: Path = arguments.json
+        figures = {"machine": msgspec.to_builtins(machine()), "figures": told}
+        file.write_bytes(msgspec.json.format(msgspec.json.encode(figures), indent=2) + b"\n")
 
 
 class _Executor:

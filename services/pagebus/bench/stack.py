@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
+from pagebus.bench.delay import slow_path
 from pagebus.bus.nats_bus import NatsBus
 from pagebus.cli.launcher import service_environment
 from pagebus.cli.nats_server import EmbeddedNats
@@ -22,26 +23,38 @@ class StackError(Exception):
 
 @contextlib.asynccontextmanager
 async def stack(
-    settings: ServeSettings, log: Path, more: Mapping[str, str] | None = None
+    settings: ServeSettings,
+    log: Path,
+    more: Mapping[str, str] | None = None,
+    *,
+    message_delay_s: float = 0.0,
 ) -> AsyncIterator[Requester]:
     """A started requester, once an executor with the model is there; `log` gets what the services print.
 
-    Raises `StackError`.
+    Every message takes `message_delay_s` longer. Raises `StackError`.
     """
     nats = EmbeddedNats()
     await nats.start()
+    slow = contextlib.AsyncExitStack()
+    find_url = nats.url
     processes: list[asyncio.subprocess.Process] = []
     bus: NatsBus | None = None
     try:
+        if message_delay_s > 0.0:
+            path = await slow.enter_async_context(slow_path(nats.url("tool"), message_delay_s))
+
+            def find_url(role: str) -> str:
+                return path.url(nats.url(role))
+
         with log.open("ab") as out:
             for role in ("executor", "scheduler"):
-                environment = service_environment(role, 1, settings, nats.url(role)) | dict(more or {})
+                environment = service_environment(role, 1, settings, find_url(role)) | dict(more or {})
                 processes.append(
                     await asyncio.create_subprocess_exec(
                         *service_command(role), env=environment, stdout=out, stderr=out
                     )
                 )
-        bus = await NatsBus.connect(nats.url("tool"), name="bench")
+        bus = await NatsBus.connect(find_url("tool"), name="bench")
         requester = Requester(bus, model=settings.model_name, instance=f"bench-{os.getpid()}")
         await requester.start()
         await _until_ready(requester, processes, log)
@@ -59,6 +72,7 @@ async def stack(
             except TimeoutError:
                 process.kill()
                 await process.wait()
+        await slow.aclose()
         await nats.stop()
 
 

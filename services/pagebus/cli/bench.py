@@ -7,6 +7,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pagebus.cli.bench_gpu import bench_gpu
+from pagebus.cli.bench_host import (
+    bench_bus,
+    bench_gateway,
+    bench_hops,
+    bench_latency,
+    bench_memory,
+    bench_scheduler,
+    bench_throughput,
+)
+from pagebus.cli.bench_idle import bench_idle
 from pagebus.cli.bench_serve import bench_serve
 from pagebus.cli.errors import CommandError, ExitCode
 
@@ -134,6 +144,14 @@ def _paper(arguments: Sequence[str]) -> int:
 
 BENCHMARKS = {
     "serve": Benchmark("a load on any OpenAI-compatible server, and its latencies", bench_serve),
+    "latency": Benchmark("seconds of a batch, repeated", bench_latency),
+    "throughput": Benchmark("tokens a second of many requests, over the bus or not", bench_throughput),
+    "gateway": Benchmark("what a streamed token costs a gateway process", bench_gateway),
+    "scheduler": Benchmark("microseconds of a scheduler's step", bench_scheduler),
+    "bus": Benchmark("one way's latency, messages a second", bench_bus),
+    "hops": Benchmark("a token's way through all services, hop by hop", bench_hops),
+    "memory": Benchmark("what a million tokens leave in each process's memory", bench_memory),
     "gpu": Benchmark("how near a GPU's floors the executor comes, alone and over the bus", bench_gpu),
+    "idle": Benchmark("how long a simulated device waits for its host, over the bus", bench_idle),
     "paper": Benchmark("the PagedAttention paper's memory and batching figures, simulated", _paper),
 }

@@ -39,6 +39,8 @@ ALIVE_VARIABLE = "PAGEBUS_ALIVE_FILE"
 _LOWER_PRIORITY = 5
 # Importing torch and transformers makes objects that stay: collecting among them cost a fifth of the start.
 _FEW_COLLECTIONS = (100_000, 20, 50)
+# What a request leaves in circles is collected every few hundred requests.
+_SERVING_COLLECTIONS = (2_000, 10, 10)
 _NOT_PART = re.compile(r"[^A-Za-z0-9_-]+")
 
 
@@ -59,6 +61,7 @@ def gateway(arguments: Sequence[str]) -> int:
     if settings is None:
         return ExitCode.OK
     _begin("gateway", settings)
+    gc.set_threshold(*_FEW_COLLECTIONS)
     path = _model_directory(settings)
 
     async def work(bus: Bus, name: str, stop: Stop) -> None:
@@ -77,7 +80,7 @@ def gateway(arguments: Sequence[str]) -> int:
                 traces,
                 reuse_port=settings.reuse_port,
                 listener=inherited_listener(),
-                on_ready=say_ready,
+                on_ready=_settle,
                 is_last=lambda: stop.is_last,
             )
         except TokenizerLoadError as error:
@@ -142,6 +145,14 @@ def say_ready() -> None:
     if name:
         with contextlib.suppress(OSError):
             Path(name).touch()
+
+
+def _settle() -> None:
+    """Ready; what is there now stays, and need not be looked at by each collection."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_SERVING_COLLECTIONS)
+    say_ready()
 
 
 def instance_name(role: str, given: str) -> str:

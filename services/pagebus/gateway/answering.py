@@ -38,6 +38,8 @@ from pagebus.gateway.whole_answer import WholeAnswer
 
 ABORT = "pagebus.abort"
 """Key in the ASGI scope's extensions: a callable that drops the connection at once."""
+DIRECT = "pagebus.direct"
+"""Key in the ASGI scope's extensions: what writes parts of a response that has begun (`DirectWriter`)."""
 RESUMABLE = b"x-pagebus-resumable"
 """Header of streams, and of answers to requests with a key: whether they can be had again."""
 
@@ -117,6 +119,10 @@ class JobRun:
         offset = prompt * self._job.num_choices_each
 
         def take(event: GenerationEvent) -> None:
+            if type(event) is TextEvent and event.finish_reason is None and not offset:
+                if self.failure is None:
+                    answer.on_text(event)
+                return
             if self.is_over:
                 return
             match event:
@@ -259,7 +265,7 @@ async def _stream(
     send: Send,
 ) -> None:
     extensions = scope.get("extensions") or {}
-    stream = SseStream(send, extensions.get(ABORT))
+    stream = SseStream(send, extensions.get(ABORT), extensions.get(DIRECT))
     first = asyncio.Event()
     answer = StreamAnswer(admission.job, stream.write, lambda: run.usage_now, first.set, position)
 

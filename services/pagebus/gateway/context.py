@@ -1,5 +1,6 @@
 """What the HTTP routes of one gateway share: names, limits, the tokenizer, the running generations."""
 
+import functools
 import hashlib
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from pagebus.gateway.tokenizer import Tokenizer
 from pagebus.gateway.tracing import NoTelemetry, Telemetry
 
 
+@functools.cache  # looking it up reads the installed packages' files
 def pagebus_version() -> str:
     """The installed version, or "0" where pagebus runs from a bare source tree."""
     try:
@@ -48,7 +50,7 @@ class GatewayContext:
     streams: StoredStreams | None = None  # None: nothing is stored
     created: int = field(default_factory=lambda: int(time.time()))
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """`system_fingerprint`: changes with the program's version and the model's name."""
         text = f"{pagebus_version()} {self.served_names[0]}"

@@ -50,10 +50,16 @@ class _ByteSource:
     def __init__(self, pieces: BytePieces) -> None:
         self._pieces = pieces
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_between = True  # characters
 
     def push(self, ids: Sequence[int]) -> str:
         pieces = self._pieces
-        return self._utf8.decode(b"".join([pieces[token_id] for token_id in ids]))
+        data = pieces[ids[0]] if len(ids) == 1 else b"".join([pieces[token_id] for token_id in ids])
+        if self._is_between and data.isascii():
+            return data.decode("ascii")
+        text = self._utf8.decode(data)
+        self._is_between = not self._utf8.getstate()[0]
+        return text
 
     def pending(self) -> str:
         return ""
@@ -203,8 +209,9 @@ class Detokenizer:
     def push(self, ids: Sequence[int]) -> str:
         """The text that these ids settle (often one token's, sometimes none, sometimes more)."""
         text = self._source.push(ids)
-        for stage in self._stages:
-            text = stage.push(text)
+        if self._stages:
+            for stage in self._stages:
+                text = stage.push(text)
         return text
 
     def tail(self) -> str:

@@ -105,6 +105,13 @@ class IdLines:
         parts[choice] = part
         return b"id: %b\n%b" % (part if len(parts) == 1 else b".".join(parts), event)
 
+    def plain(self, choice: int, num_ids: int, event: bytes) -> bytes:
+        """The same after so many ids of this choice and nothing more."""
+        if len(self._parts) == 1:
+            self._parts[0] = part = b"%d" % num_ids
+            return b"id: %b\n%b" % (part, event)
+        return self.before(choice, b"%d" % num_ids, event)
+
     def usage_line(self) -> bytes:
         """The line of the usage's event."""
         return b"id: %b.%b\n" % (b".".join(self._parts), _USAGE.encode())

@@ -26,15 +26,25 @@ from pagebus.requester.packed_logprobs import cut
 _log = logging.getLogger(__name__)
 
 
+def _ignore(event: object) -> None:
+    """Nobody listens any more."""
+
+
+def _nothing() -> None:
+    """Nobody waits any more."""
+
+
 class Choice:
     """What is known of one choice."""
 
-    __slots__ = ("is_done", "num_ids", "stream")
+    __slots__ = ("is_done", "is_plain", "last_token_s", "num_ids", "stream")
 
     def __init__(self, stream: TextStream) -> None:
         self.stream = stream
         self.num_ids = 0
         self.is_done = False
+        self.is_plain = stream.is_plain  # its ids are text and nothing else, until it ends
+        self.last_token_s = 0.0
 
 
 class Generation:
@@ -51,15 +61,18 @@ class Generation:
     ) -> None:
         self._request = request
         self._choices = choices
+        if request.sampling.num_logprobs is not None:
+            for choice in choices:
+                choice.is_plain = False
         self._stop_ids = stop_ids
         self._counters = counters
         self._on_event = on_event
         self._trace = trace
         self._ticket: Ticket | None = None
+        self._num_cached: int | None = None  # once there is no ticket any more
         self._started_s = time.monotonic()
         self._first_token_s: float | None = None
         self._first_token_ns = 0
-        self._last_token_s = [0.0] * len(choices)
         self._num_open = len(choices)
         self.is_over = False
         self.on_over: Callable[[], None] = lambda: None
@@ -68,7 +81,7 @@ class Generation:
     @property
     def usage(self) -> Usage:
         """Token counts so far."""
-        num_cached = self._ticket.num_cached_tokens if self._ticket is not None else None
+        num_cached = self._ticket.num_cached_tokens if self._ticket is not None else self._num_cached
         num_generated = sum(choice.num_ids for choice in self._choices)
         return Usage(len(self._request.prompt), num_generated, num_cached or 0)
 
@@ -78,10 +91,10 @@ class Generation:
 
     def attach(self, ticket: Ticket) -> None:
         """Take the submitted request's ticket; what ended before it came is told to it now."""
-        self._ticket = ticket
         if self.is_over:
             ticket.cancel()
             return
+        self._ticket = ticket
         for index, choice in enumerate(self._choices):
             if choice.is_done:
                 ticket.end_choice(index)
@@ -90,22 +103,26 @@ class Generation:
         """The reader went away: stop at once. Does nothing when it is over already."""
         if not self.is_over:
             self._end("abort")
-            if self._ticket is not None:
-                self._ticket.cancel()
+            self._leave(cancels=True)
 
     def fail(self, failure: RequestFailed) -> None:
         """End it with an error that is not the requester's."""
         if not self.is_over:
             self._end("error", failure.code)
-            if self._ticket is not None:
-                self._ticket.cancel()
-            self._on_event(failure)
+            on_event = self._on_event
+            self._leave(cancels=True)
+            on_event(failure)
 
     def take(self, event: Event) -> None:
         """The requester's callback. Whatever goes wrong in here ends this request and no other."""
         if self.is_over:
             return
         try:
+            if type(event) is NewTokens and event.finish_reason is None and event.logprobs is None:
+                choice = self._choices[event.choice]
+                if choice.is_plain:
+                    self._take_plain(choice, event)
+                    return
             match event:
                 case NewTokens():
                     self._take_tokens(event)
@@ -114,10 +131,20 @@ class Generation:
                 case _:
                     self._end("error", event.code)
                     self.on_failed(event)
-                    self._on_event(event)
+                    on_event = self._on_event
+                    self._leave()
+                    on_event(event)
         except Exception:
             _log.exception("request %s failed in the gateway", self._request.request_id)
             self.fail(RequestFailed("internal_error", "the gateway failed to process this request"))
+
+    def _take_plain(self, choice: Choice, event: NewTokens) -> None:
+        """The common case of `_take_tokens`: nothing ends, nothing is told beside text."""
+        ids, index = event.ids, choice.num_ids
+        num_ids = len(ids)
+        self._count(choice, num_ids)
+        choice.num_ids = index + num_ids
+        self._on_event(TextEvent(event.choice, index, ids, choice.stream.push_plain(ids), None))
 
     def _take_tokens(self, event: NewTokens) -> None:
         choice = self._choices[event.choice]
@@ -138,7 +165,7 @@ class Generation:
             rest = choice.stream.finish()
             text, stop = text + rest.text, rest.stop
             num_ids = len(ids)
-        self._count(event.choice, num_ids)
+        self._count(choice, num_ids)
         index = choice.num_ids
         choice.num_ids += num_ids
         if stop is not None and reason is None and self._ticket is not None:
@@ -153,20 +180,22 @@ class Generation:
 
     def _end_choice(self, choice: Choice, reason: FinishReason) -> None:
         choice.is_done = True
+        choice.is_plain = False
         self._num_open -= 1
         self._counters.finished[reason] += 1
         if self._num_open == 0:
             self._end(None)
-            self._on_event(Finished(self.usage))
+            on_event = self._on_event
+            self._leave()
+            on_event(Finished(self.usage))
 
-    def _count(self, choice: int, num_ids: int) -> None:
+    def _count(self, choice: Choice, num_ids: int) -> None:
         if not num_ids:
             return
         now = time.monotonic()
         counters = self._counters
         counters.num_generated_tokens += num_ids
-        last = self._last_token_s[choice]
-        self._last_token_s[choice] = now
+        last, choice.last_token_s = choice.last_token_s, now
         if last:
             counters.between_tokens_s.observe((now - last) / num_ids, num_ids)
         if self._first_token_s is None:
@@ -174,6 +203,18 @@ class Generation:
             self._first_token_ns = time.time_ns()
             counters.first_token_s.observe(now - self._started_s)
             self._trace.event("first token")
+
+    def _leave(self, *, cancels: bool = False) -> None:
+        """Let go of whoever listens and of the request's owner, who hold this one: nothing goes in circles
+        that only a collection would find."""
+        ticket, self._ticket = self._ticket, None
+        if ticket is not None:
+            self._num_cached = ticket.num_cached_tokens
+            if cancels:
+                ticket.cancel()
+        self._on_event = _ignore
+        self.on_over = _nothing
+        self.on_failed = _ignore
 
     def _end(self, reason: str | None, error: str | None = None) -> None:
         """Close the books; `reason` is counted for the choices that are still open."""

@@ -50,7 +50,9 @@ async def run(
     try:
         template = Path(settings.chat_template) if settings.chat_template else None
         tokenizer = await asyncio.to_thread(Tokenizer.load, path, template)
-        requester = Requester(bus, model=settings.model_name, instance=name)
+        requester = Requester(
+            bus, model=settings.model_name, instance=name, stream_interval=settings.stream_interval
+        )
         await requester.start()
         try:
             streams = StoredStreams(bus, requester) if settings.resume else None

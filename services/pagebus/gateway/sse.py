@@ -6,6 +6,7 @@ tokens or of how requests run.
 
 import asyncio
 from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 
@@ -67,6 +68,7 @@ class ChunkTemplate:
         self._after = b'},"logprobs":' if is_chat else b',"logprobs":'
         self._ending = b',"delta":{},"logprobs":null' if is_chat else b',"text":"","logprobs":null'
         self._no_usage = b',"usage":null' if usage else b""
+        self._plain: dict[int, tuple[bytes, bytes]] = {}
 
     def role(self, choice: int, usage: UsageBody | None, beside: bytes = b"") -> bytes:
         """The first chunk of a chat's choice; `beside`: further members of the chunk, with a comma before
@@ -87,6 +89,16 @@ class ChunkTemplate:
         body = self._before + encode_text(text) + self._after + logprobs + more
         return self._chunk(choice, body, b"null", usage)
 
+    def plain(self, choice: int, text: str) -> bytes:
+        """`text` without anything beside it: between two halves that stay the same."""
+        halves = self._plain.get(choice)
+        if halves is None:
+            before, _, after = self.text(choice, "", None).partition(self._before + b'""')
+            halves = self._plain[choice] = (before + self._before, after)
+        before, after = halves
+        encoded = _encode(text)
+        return before + (encoded if encoded.isascii() else encode_text(text)) + after
+
     def finish(self, choice: int, reason: str, usage: UsageBody | None) -> bytes:
         """The last chunk of a choice."""
         return self._chunk(choice, self._ending, b'"' + reason.encode() + b'"', usage)
@@ -102,11 +114,21 @@ class ChunkTemplate:
         return b'%b{"index":%d%b,"finish_reason":%b}]%b}\n\n' % (self._head, choice, body, reason, tail)
 
 
+class DirectWriter(Protocol):
+    """Writes parts of a response that has begun."""
+
+    def write(self, data: bytes) -> bool:
+        """Send a part now; False where `send` is to be awaited instead."""
+
+
 class SseStream:
     """One stream to one client: `write` from callbacks, `run` in the request's own task."""
 
-    def __init__(self, send: Send, abort: Callable[[], None] | None) -> None:
-        """`abort` drops the connection at once; without it the task is cancelled."""
+    def __init__(
+        self, send: Send, abort: Callable[[], None] | None, direct: DirectWriter | None = None
+    ) -> None:
+        """`abort` drops the connection at once; without it the task is cancelled. `direct` takes most of
+        what is written past this stream's task."""
         self.headers: list[tuple[bytes, bytes]] = list(_HEADERS)
         self._send = send
         self._abort = abort
@@ -116,11 +138,18 @@ class SseStream:
         self._task: asyncio.Task[object] | None = None
         self._is_finished = False
         self._is_gone = False
+        self._direct = direct
+        self._is_direct = False  # nothing waits for the task, which waits itself
+        self._has_written = False  # since the last tick
         self._sending_since_s: float | None = None
         self._last_sent_s = 0.0
 
     def write(self, data: bytes) -> None:
         """Send `data` as soon as the socket takes it."""
+        if self._is_direct and self._direct is not None and self._direct.write(data):
+            self._has_written = True
+            return
+        self._is_direct = False
         self._parts.append(data)
         self._wake()
 
@@ -141,7 +170,9 @@ class SseStream:
         while True:
             if not self._parts and not self._is_finished and not self._is_gone:
                 self._waiter = self._loop.create_future()
+                self._is_direct = self._direct is not None
                 await self._waiter
+                self._is_direct = False
             if self._is_gone:
                 raise ClientGoneError
             data, is_last = b"".join(self._parts), self._is_finished
@@ -152,6 +183,9 @@ class SseStream:
 
     def tick(self, now_s: float, keep_alive_s: float, slow_reader_s: float) -> None:
         """Called about once a second: cut off a client that does not read, keep a pausing stream alive."""
+        if self._has_written:
+            self._has_written = False
+            self._last_sent_s = now_s
         if self._sending_since_s is not None:
             if now_s - self._sending_since_s > slow_reader_s:
                 self._cut()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from pagebus.gateway.answer_types import UsageBody
-from pagebus.gateway.event_ids import FINISH, OPEN, ROLE, TEXT, IdLines, Position, start
+from pagebus.gateway.event_ids import FINISH, NOTHING, OPEN, ROLE, TEXT, IdLines, Position, start
 from pagebus.gateway.generation_events import PromptEvent, TextEvent
 from pagebus.gateway.jobs import Job, PromptTeller
 from pagebus.gateway.logprob_shapes import joined_text
@@ -35,10 +35,19 @@ class StreamAnswer:
         self._write = write
         self._usage_now = usage_now
         self._on_first = on_first
+        self._has_begun = False
         self._teller = PromptTeller(job)
         self._position = position or start(job.num_choices)
         self._sent = self._position.choices
         self._ids = None if position is None else IdLines(self._sent)
+        # Events that hold nothing but text, for a reader from the beginning: nearly all there are.
+        self._is_plain = (
+            all(choice.stage == NOTHING for choice in self._sent)
+            and not job.is_echo_only
+            and not job.has_usage_everywhere
+            and self._details.num_logprobs is None
+            and not self._details.has_token_ids
+        )
 
     def open(self) -> None:
         """What comes before the first token: roles, and the echo unless log-probabilities belong to it."""
@@ -65,6 +74,17 @@ class StreamAnswer:
         if self._job.is_echo_only:
             return
         choice, reason = event.choice, event.finish_reason
+        if self._is_plain and reason is None:
+            if event.text:
+                end = event.index + len(event.ids)
+                if self._ids is None:
+                    self._write(self.template.plain(choice, event.text))
+                else:
+                    self._write(self._ids.plain(choice, end, self.template.plain(choice, event.text)))
+            if not self._has_begun:
+                self._has_begun = True
+                self._on_first()
+            return
         end = event.index + len(event.ids)
         sent = self._sent[choice]
         # The reader's own part ends where an event ends (`splitting.py`).

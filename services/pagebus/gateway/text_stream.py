@@ -5,14 +5,13 @@ Knows neither requests nor HTTP.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pagebus.gateway.detokenizer import Detokenizer
 from pagebus.gateway.stop_strings import StopMatch, StopStrings
 
 
-@dataclass(frozen=True)
-class TextDelta:
+class TextDelta(NamedTuple):
     """What some ids brought. `stop`: the stop string that they completed, which ends the choice. `num_ids`:
     how many of them count, up to and with the one that completed it. `offsets`: of these, where that is asked
     for, how many complete characters of the text lie before each."""
@@ -45,6 +44,7 @@ class TextStream:
         self._stops = StopStrings(stop)
         self._include_stop, self._min_tokens = include_stop, min_tokens
         self._has_offsets = has_offsets
+        self.is_plain = not self._stops and not has_offsets
         self._num_ids = 0
         self._num_characters = 0  # that the detokenizer gave out
         self._is_stopped = False
@@ -60,13 +60,17 @@ class TextStream:
         """Complete characters of the text so far, held back ones and stop strings included."""
         return self._num_characters + len(self._detokenizer.tail())
 
+    def push_plain(self, ids: Sequence[int]) -> str:
+        """The next ids' text, where `is_plain`: every id counts, and none of them ends the choice."""
+        self._num_ids += len(ids)
+        return self._detokenizer.push(ids)
+
     def push(self, ids: Sequence[int]) -> TextDelta:
         """The next ids. After a stop nothing counts any more."""
         if self._is_stopped:
             return TextDelta("", None, 0)
-        if not self._stops and not self._has_offsets:
-            self._num_ids += len(ids)
-            return TextDelta(self._detokenizer.push(ids), None, len(ids))
+        if self.is_plain:
+            return TextDelta(self.push_plain(ids), None, len(ids))
         offsets: list[int] = []
         for index, token_id in enumerate(ids):
             self._num_ids += 1

@@ -8,23 +8,22 @@ import heapq
 import itertools
 import logging
 import random
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
 from pagebus.bus import messages, subjects
 from pagebus.bus.messages import Accepted, Cancel, DecodeError, Failed, Heartbeat, Message, Rejected, Tokens
 from pagebus.bus.protocol import Bus, Msg, Subscription
-from pagebus.requester.events import Event, NewTokens, RequestFailed, RequestSpec
+from pagebus.requester.cancelled import Cancelled
+from pagebus.requester.events import Event, NewTokens, RequestFailed, RequestSpec, check
+from pagebus.requester.gathering import Gathering
 from pagebus.requester.outbox import Outbox, Outgoing
 from pagebus.requester.ownership import LIVE, NOT_HERE, read_probe
 from pagebus.requester.state import RequestState
 from pagebus.requester.timing import NEVER, Timing
 
 _log = logging.getLogger(__name__)
-
-_CANCEL_AGAIN_S = 1.0
-_MAX_REMEMBERED = 4096
 
 
 @dataclass(eq=False)
@@ -34,6 +33,7 @@ class _Live:
     state: RequestState
     on_event: Callable[[Event], None]
     timer_s: float = NEVER
+    is_gathered: bool = False  # has ids that wait to be told (`gathering.py`)
 
 
 class Ticket:
@@ -78,8 +78,10 @@ class Requester:
         instance: str,
         timing: Timing | None = None,
         rng: random.Random | None = None,
+        stream_interval: int = 1,
     ) -> None:
         """`instance` names this process on the bus and must be unique: `[A-Za-z0-9_-]{1,64}`.
+        `stream_interval`: how ids are put together, see `Gathering`.
 
         `on_doubt` may be set: it is called with the id of a request that is asked for again, and with one
         that another process says it owns now (`ownership.py`). Ids in `expected` count as running here: their
@@ -99,10 +101,11 @@ class Requester:
         self._rng = rng or random.Random()  # noqa: S311
         self._live: dict[str, _Live] = {}
         self._heartbeat_at_s = -NEVER
-        self._cancelled_at_s: OrderedDict[str, float] = OrderedDict()
+        self._cancelled = Cancelled()
         self._subscriptions: list[Subscription] = []
         self._outbox = Outbox(bus, self.counters)
-        self._timers: list[tuple[float, int, _Live]] = []
+        self._gathering = Gathering(stream_interval, self._tell_news)
+        self._timers: list[tuple[float, int, str]] = []  # ids: what ended is held no longer
         self._order = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
         self._is_closed = False
@@ -122,9 +125,10 @@ class Requester:
     async def close(self) -> None:
         """Cancel what runs (its listeners get a `RequestFailed`), send what is pending, unsubscribe."""
         self._is_closed = True
+        self._gathering.close()
         for live in list(self._live.values()):
-            cancel = live.state.cancel()
-            self._finish(live, cancel)
+            self._tell_news(live)
+            self._finish(live, live.state.cancel())
             self._deliver(live, RequestFailed("shutting_down", "this server is stopping"))
         if self._timer is not None:
             self._timer.cancel()
@@ -149,12 +153,9 @@ class Requester:
         """
         if self._is_closed or not self._outbox.is_open:
             raise RuntimeError("the requester is not started, or closed")
-        if not subjects.is_part(spec.request_id):
-            raise ValueError(f"{spec.request_id[:80]!r} is no request id: [A-Za-z0-9_-]{{1,64}}")
+        check(spec)
         if spec.request_id in self._live:
             raise ValueError(f"request {spec.request_id} runs already")
-        if spec.num_choices < 1 or spec.max_tokens < 1:
-            raise ValueError("a request has at least one choice and one token")
         state = RequestState(
             spec,
             model=self._model,
@@ -164,8 +165,7 @@ class Requester:
             timing=self._timing,
             rng=self._rng,
         )
-        live = _Live(state, on_event)
-        self._live[spec.request_id] = live
+        self._live[spec.request_id] = live = _Live(state, on_event)
         self._ask(live)
         return Ticket(self, live)
 
@@ -176,8 +176,9 @@ class Requester:
     def release(self, request_id: str) -> RequestState | None:
         """Stop owning a request that another process owns now: nothing is cancelled, and no more events come.
         What was received of it; None where it does not run here."""
-        live = self._live.pop(request_id, None)
-        if live is None:
+        if (live := self._live.get(request_id)) is not None:
+            self._tell_news(live)
+        if live is None or self._live.pop(request_id, None) is None:
             return None
         live.state.has_ended = True
         return live.state
@@ -200,36 +201,46 @@ class Requester:
     # What arrives
 
     def _on_message(self, msg: Msg) -> None:
-        try:
-            message = messages.decode(msg.data)
-        except DecodeError:
-            self.counters["undecodable"] += 1
-            return
-        match message:
-            case Tokens():
+        match self._decoded(msg):
+            case Tokens() as message:
                 self._on_tokens(message)
-            case Accepted():
+            case Accepted() as message:
                 if (live := self._live.get(message.request_id)) is not None:
                     live.state.on_accepted(message, self._loop.time())
                     self._watch(live)
-            case Rejected():
+            case Rejected() as message:
                 if (live := self._live.get(message.request_id)) is not None:
                     self._fail(live, live.state.on_rejected(message))
-            case Failed():
+            case Failed() as message:
                 if (live := self._live.get(message.request_id)) is not None:
                     self.counters["failed_attempts"] += 1
                     self._fail(live, live.state.on_failed(message, self._loop.time()))
                     self._watch(live)
-            case _:
-                self.counters["unexpected"] += 1
+            case message:
+                self.counters["unexpected"] += message is not None
+
+    def _decoded(self, msg: Msg) -> messages.AnyMessage | None:
+        try:
+            return messages.decode(msg.data)
+        except DecodeError:
+            self.counters["undecodable"] += 1
+            return None
 
     def _on_tokens(self, tokens: Tokens) -> None:
         now_s = self._loop.time()
         for prompt in tokens.prompts:  # before the rows, whose ids come after the prompt
             if (live := self._known(prompt, now_s)) is not None:
                 self._tell(live, live.state.on_prompt(prompt, tokens.epoch, now_s))
+        epoch, gathering = tokens.epoch, self._gathering
         for row in tokens.rows:
-            if (live := self._known(row, now_s)) is not None:
+            live = self._live.get(row.request_id)
+            if live is not None and live.state.take_next(row, epoch, now_s):
+                if gathering.is_on:
+                    gathering.add(live)
+                elif (event := live.state.news_of(row.choice)) is not None:
+                    self._deliver(live, event)
+            elif (live := self._known(row, now_s)) is not None:
+                self._tell_news(live)
                 event = live.state.on_row(row, tokens.epoch, now_s)
                 self._tell(live, () if event is None else (event,))
 
@@ -243,13 +254,9 @@ class Requester:
             self._outbox.put(Outgoing(msg.reply, b"" if probe is None else LIVE if is_live else NOT_HERE))
 
     def _on_heartbeat(self, msg: Msg) -> None:
-        try:
-            message = messages.decode(msg.data)
-        except DecodeError:
-            self.counters["undecodable"] += 1
-            return
+        message = self._decoded(msg)
         if not isinstance(message, Heartbeat):
-            self.counters["unexpected"] += 1
+            self.counters["unexpected"] += message is not None
             return
         if self.heartbeat is not None and message.epoch < self.heartbeat.epoch:
             return  # a leader that does not know yet that it is none
@@ -271,6 +278,7 @@ class Requester:
 
     def _ask(self, live: _Live) -> None:
         """Send the next attempt, after ending what has all its ids already."""
+        self._tell_news(live)
         for event in live.state.complete():
             self._forget_if_ended(live)
             self._deliver(live, event)
@@ -281,12 +289,11 @@ class Requester:
         self.counters["asked" if is_first else "asked_again"] += 1
         if not is_first:
             self.on_doubt(generate.request_id)
-        headers = dict(live.state.spec.headers)
         self._outbox.put(
             Outgoing(
                 self._generate_subject,
                 messages.encode(generate),
-                headers,
+                dict(live.state.spec.headers),
                 lambda failure: self._cannot_send(live, failure),
             )
         )
@@ -297,10 +304,15 @@ class Requester:
         live = self._live.get(row.request_id)
         if live is None:
             self.counters["unknown_rows"] += 1
-            if now_s - self._cancelled_at_s.get(row.request_id, -NEVER) >= _CANCEL_AGAIN_S:
-                self._remember_cancel(row.request_id, now_s)
+            if self._cancelled.is_due(row.request_id, now_s):
+                self._cancelled.note(row.request_id, now_s)
                 self._publish_message(Cancel(request_id=row.request_id, attempt=row.attempt))
         return live
+
+    def _tell_news(self, live: _Live, at_least: int = 1) -> None:
+        """The ids that were gathered; they come before anything else."""
+        for event in live.state.news(at_least):
+            self._deliver(live, event)
 
     def _tell(self, live: _Live, events: Sequence[Event]) -> None:
         self._forget_if_ended(live)
@@ -309,22 +321,17 @@ class Requester:
                 self._deliver(live, event)
         self._watch(live)
 
-    def _remember_cancel(self, request_id: str, now_s: float) -> None:
-        self._cancelled_at_s[request_id] = now_s
-        self._cancelled_at_s.move_to_end(request_id)
-        if len(self._cancelled_at_s) > _MAX_REMEMBERED:
-            self._cancelled_at_s.popitem(last=False)
-
     def _finish(self, live: _Live, cancel: Cancel | None) -> None:
         """The owner stopped something: tell the scheduler."""
         self._forget_if_ended(live)
         if cancel is not None:
             if not cancel.choices:
-                self._remember_cancel(cancel.request_id, self._loop.time())
+                self._cancelled.note(cancel.request_id, self._loop.time())
             self._publish_message(cancel)
 
     def _fail(self, live: _Live, failure: RequestFailed | None) -> None:
         if failure is not None:
+            self._tell_news(live)
             self.counters["failed"] += 1
             self._forget_if_ended(live)
             self._deliver(live, failure)
@@ -349,8 +356,9 @@ class Requester:
         if due_s >= live.timer_s:
             return
         live.timer_s = due_s
-        heapq.heappush(self._timers, (due_s, next(self._order), live))
-        if self._timers[0][2] is live:
+        entry = (due_s, next(self._order), live.state.spec.request_id)
+        heapq.heappush(self._timers, entry)
+        if self._timers[0] is entry:
             self._set_timer()
 
     def _set_timer(self) -> None:
@@ -363,9 +371,10 @@ class Requester:
     def _on_timer(self) -> None:
         now_s = self._loop.time()
         while self._timers and self._timers[0][0] <= now_s:
-            due_s, _, live = heapq.heappop(self._timers)
-            if due_s != live.timer_s or live.state.has_ended:
-                continue  # an entry that an earlier one replaced
+            due_s, _, request_id = heapq.heappop(self._timers)
+            live = self._live.get(request_id)
+            if live is None or due_s != live.timer_s or live.state.has_ended:
+                continue  # it ended, or an earlier entry replaced this one
             live.timer_s = NEVER
             if live.state.due_s <= now_s:
                 self._act(live, now_s)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from pagebus.bus import subjects
 from pagebus.bus.messages import FinishReason, Logprobs, Sampling
 
 
@@ -36,6 +37,14 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
     received: Sequence[ReceivedChoice] = ()  # one a choice, or none at all
     num_prompt_told: int = 1  # positions of the prompt whose log-probabilities are here; the first has none
     first_attempt: int = 1
+
+
+def check(spec: RequestSpec) -> None:
+    """Raises `ValueError` for an id that is malformed, or a count that makes no sense."""
+    if not subjects.is_part(spec.request_id):
+        raise ValueError(f"{spec.request_id[:80]!r} is no request id: [A-Za-z0-9_-]{{1,64}}")
+    if spec.num_choices < 1 or spec.max_tokens < 1:
+        raise ValueError("a request has at least one choice and one token")
 
 
 class NewTokens(msgspec.Struct, frozen=True):

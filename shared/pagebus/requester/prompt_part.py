@@ -12,12 +12,9 @@ class PromptPart:
     def __init__(self, num_ids: int, is_wanted: bool, num_told: int = 1) -> None:
         self._next = max(num_told, 1)
         self._end = num_ids if is_wanted else 0
-        self.num_asked_again = 0  # since it was last told of
-
-    @property
-    def is_told(self) -> bool:
+        self.is_told = self._next >= self._end
         """Whether everything wanted is here."""
-        return self._next >= self._end
+        self.num_asked_again = 0  # since it was last told of
 
     @property
     def num_told(self) -> int:
@@ -37,5 +34,6 @@ class PromptPart:
         if not num_tokens(new):
             return None
         self._next += num_tokens(new)
+        self.is_told = self._next >= self._end
         self.num_asked_again = 0
         return PromptLogprobs(start, new)

@@ -5,14 +5,12 @@ Times are seconds of whatever clock the caller uses; "send" means that the calle
 
 import random
 from array import array
-from dataclasses import dataclass
 
 import msgspec
 
 from pagebus.bus.messages import (
     Accepted,
     Cancel,
-    ChoiceState,
     DecodeError,
     Failed,
     FinishReason,
@@ -23,20 +21,12 @@ from pagebus.bus.messages import (
     pack_ids,
     unpack_ids,
 )
+from pagebus.requester.choices import Choice, asked_choices
 from pagebus.requester.events import Event, NewTokens, ReceivedChoice, RequestFailed, RequestSpec
 from pagebus.requester.packed_logprobs import cut, is_whole
 from pagebus.requester.prompt_part import PromptPart
 from pagebus.requester.suspicion import Suspicion
 from pagebus.requester.timing import NEVER, Timing
-
-
-@dataclass
-class _Choice:
-    """One choice: the ids received, and how it ended."""
-
-    ids: "array[int]"
-    finish_reason: FinishReason | None = None
-    is_unwanted: bool = False  # its owner ended it
 
 
 class RequestState:
@@ -73,7 +63,10 @@ class RequestState:
         self._stop_ids = frozenset(spec.stop_token_ids)
         self._packed_stop_ids = pack_ids(spec.stop_token_ids)
         received = spec.received or (ReceivedChoice(),) * spec.num_choices
-        self._choices = [_Choice(array("i", choice.ids), choice.finish_reason) for choice in received]
+        self._choices = [
+            Choice(array("i", choice.ids), choice.finish_reason, num_told=len(choice.ids))
+            for choice in received
+        ]
         self._num_open = sum(choice.finish_reason is None for choice in self._choices)
         self._prompt_part = PromptPart(
             len(spec.prompt), spec.sampling.num_prompt_logprobs is not None, spec.num_prompt_told
@@ -142,7 +135,7 @@ class RequestState:
         if self.is_prompt_told and sampling.num_prompt_logprobs is not None:
             sampling = msgspec.structs.replace(sampling, num_prompt_logprobs=None)
         self._prompt_part.num_asked_again += self.attempt > spec.first_attempt
-        choices = self._asked_choices()
+        choices = asked_choices(self._choices, self._num_open == 0)
         self._prompt_choice = next(choice.index for choice in choices if choice.finish_reason is None)
         return Generate(
             request_id=spec.request_id,
@@ -168,7 +161,7 @@ class RequestState:
         """End the choices whose own ids say that they are over, where the word of it was lost."""
         events = []
         for index, choice in enumerate(self._choices):
-            reason = None if choice.finish_reason else self._own_finish_reason(choice.ids)
+            reason = None if choice.finish_reason else choice.own_finish_reason(self.spec, self._stop_ids)
             if reason is not None:
                 self._finish(choice, reason)
                 events.append(NewTokens(index, len(choice.ids), (), reason))
@@ -225,6 +218,42 @@ class RequestState:
 
     # What arrives
 
+    def take_next(self, row: TokenRow, epoch: int, now_s: float) -> bool:
+        """Take in what `news` tells of an ordinary row, one of nothing but ids at the next index of an open
+        choice; False leaves everything to `on_row`. No time at which anything is due comes nearer by it."""
+        if row.attempt != self.attempt or self.has_ended or not 0 <= row.choice < len(self._choices):
+            return False
+        if row.finish_reason is not None or row.logprobs is not None or row.num_cached is not None:
+            return False
+        if epoch < self._epoch or not self._prompt_part.is_told:
+            return False
+        choice = self._choices[row.choice]
+        if choice.finish_reason is not None or row.index != len(choice.ids):
+            return False
+        if not choice.append_packed(row.ids):
+            return False
+        self._is_acknowledged = True
+        self._last_sign_s = now_s
+        self._epoch = epoch
+        if self._suspicion.is_any:
+            self._suspicion.note_ids(len(row.ids) // 4)
+        self._num_failures = 0
+        if self._running_since_s != NEVER:
+            self._running_since_s = now_s
+        return True
+
+    def news_of(self, index: int) -> NewTokens | None:
+        """What `take_next` took of one choice and nobody was told yet."""
+        return None if self._is_cancelled else self._choices[index].news(index, 1)
+
+    def news(self, at_least: int = 1) -> list[NewTokens]:
+        """What `take_next` took and nobody was told yet, of each choice that has at least so many ids of it;
+        nothing once the owner has cancelled."""
+        if self._is_cancelled:
+            return []
+        found = [choice.news(index, at_least) for index, choice in enumerate(self._choices)]
+        return [event for event in found if event is not None]
+
     def on_row(self, row: TokenRow, epoch: int, now_s: float) -> NewTokens | None:
         """New ids of the current attempt; None for what is old, doubled, held back, or lies past a gap."""
         if self.has_ended or row.attempt != self.attempt or not 0 <= row.choice < len(self._choices):
@@ -256,6 +285,7 @@ class RequestState:
         if not new and not (row.finish_reason and is_at_end):
             return None
         choice.ids.extend(new)
+        choice.num_told = len(choice.ids)
         self._suspicion.note_ids(len(new))
         self._progress(now_s)
         if row.finish_reason:
@@ -315,7 +345,7 @@ class RequestState:
         if not failed.is_retryable:
             return self.fail(RequestFailed(failed.code, failed.message, failed.is_client_fault))
         self._suspicion.note_failure(failed)
-        pause_s = self._backed_off(self._timing.min_backoff_s)
+        pause_s = self._timing.backed_off(self._timing.min_backoff_s, self._num_failures)
         self._ask_at_s = min(self._ask_at_s, now_s + pause_s * self._rng.uniform(0.5, 1.0))
         return None
 
@@ -356,45 +386,14 @@ class RequestState:
         if not self._was_asked:
             return NEVER
         if not self._is_acknowledged:
-            return self._last_sign_s + self._backed_off(timing.acknowledged_s) + self._jitter_s
-        no_progress_s = self._running_since_s + self._doubled(timing.progress_s)
+            pause_s = timing.backed_off(timing.acknowledged_s, self._num_failures)
+            return self._last_sign_s + pause_s + self._jitter_s
+        no_progress_s = self._running_since_s + timing.doubled(timing.progress_s, self._num_failures)
         return min(self._last_sign_s + timing.silence_s, no_progress_s) + self._jitter_s
 
-    def _backed_off(self, first_s: float) -> float:
-        """`first_s` doubled at each further attempt since the last token, up to the bound."""
-        return min(self._doubled(first_s), max(first_s, self._timing.max_backoff_s))
-
-    def _doubled(self, first_s: float) -> float:
-        num_doublings = min(max(self._num_failures - 1, 0), 16)
-        return first_s * (1 << num_doublings)
-
-    def _own_finish_reason(self, ids: "array[int]") -> FinishReason | None:
-        if not ids:
-            return None
-        if len(ids) >= self.spec.min_tokens and ids[-1] in self._stop_ids:
-            return "stop"
-        return "length" if len(ids) >= self.spec.max_tokens else None
-
-    def _finish(self, choice: _Choice, reason: FinishReason) -> None:
+    def _finish(self, choice: Choice, reason: FinishReason) -> None:
         choice.finish_reason = reason
         self._num_open -= 1
         is_all_unwanted = all(choice.is_unwanted for choice in self._choices)
         if self._num_open == 0 and (self.is_prompt_told or is_all_unwanted):
             self.has_ended = True
-
-    def _asked_choices(self) -> tuple[ChoiceState, ...]:
-        """What is told of the choices. One that has ended gets no row: its ids are nobody's business any
-        more.
-
-        Where only the prompt's log-probabilities are missing, one choice makes its last id once more, since
-        they come with a row.
-        """
-        states = [
-            ChoiceState(index=index, finish_reason=choice.finish_reason)
-            if choice.finish_reason is not None
-            else ChoiceState(index=index, ids=pack_ids(choice.ids))
-            for index, choice in enumerate(self._choices)
-        ]
-        if self._num_open == 0:
-            states[0] = ChoiceState(index=0, ids=pack_ids(self._choices[0].ids[:-1]))
-        return tuple(states)

@@ -12,6 +12,7 @@ class Suspicion:
     """Facts of the schedulers about one request; they forget them with each attempt, its owner does not."""
 
     def __init__(self) -> None:
+        self.is_any = False  # whether anything is remembered
         self.num_deaths = 0  # of executors that had it as their only suspect
         self._num_aboard = 0  # deaths of executors that ran it, since it last got on
         self._num_ids = 0
@@ -24,12 +25,14 @@ class Suspicion:
     def note_failure(self, failed: Failed) -> None:
         """An attempt ended, perhaps with its executor."""
         self._num_ids = 0
+        self.is_any = self.is_any or failed.is_suspect or failed.was_sole_suspect
         self._num_aboard += failed.is_suspect
         self.num_deaths += failed.was_sole_suspect
 
     def clear(self) -> None:
         """It had nothing to do with what happened."""
         self._num_aboard = self.num_deaths = 0
+        self.is_any = False
 
     def note_ids(self, num_ids: int) -> None:
         """The request got on: what kills does so at the same id again, so deaths before it prove nothing."""

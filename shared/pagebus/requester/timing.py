@@ -1,4 +1,4 @@
-"""How long a requester waits for what before it asks again. Values only."""
+"""How long a requester waits for what before it asks again. Pure."""
 
 from dataclasses import dataclass
 
@@ -15,3 +15,11 @@ class Timing:
     min_backoff_s: float = 0.05  # after a retryable failure; doubles up to
     max_backoff_s: float = 2.0
     jitter_s: float = 0.1  # spread of what all requesters would do at the same moment
+
+    def doubled(self, first_s: float, num_attempts: int) -> float:
+        """`first_s` doubled at each attempt after the first one since the last token."""
+        return first_s * (1 << min(max(num_attempts - 1, 0), 16))
+
+    def backed_off(self, first_s: float, num_attempts: int) -> float:
+        """The same, up to the bound."""
+        return min(self.doubled(first_s, num_attempts), max(first_s, self.max_backoff_s))

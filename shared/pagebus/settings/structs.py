@@ -12,6 +12,8 @@ from msgspec import Meta
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
+KvCacheDtype = Literal["auto", "fp8", "fp8_e4m3"]
+Quantization = Literal["none", "fp8"]
 BUNDLED_MODEL_NAME = "pagebus-mini"
 """Name of the bundled model, served where no model is named."""
 
@@ -75,6 +77,10 @@ class GatewaySettings(CommonSettings):
     slow_reader_timeout_s: Annotated[
         float, Meta(gt=0, le=1e6, description="seconds after which a client that reads nothing is cut off")
     ] = 30.0
+    stream_interval: Annotated[
+        Annotated[int, Meta(ge=0, le=1024)],
+        Meta(description="tokens an event of a stream; 0: one, and under load what has gathered"),
+    ] = 0
     resume: Annotated[
         bool, Meta(description="store streams, so that clients can go on with one after a cut")
     ] = True
@@ -112,6 +118,16 @@ class ExecutorSettings(CommonSettings):
     device: Annotated[Device, Meta(description="where to run; auto: CUDA when there is one")] = "auto"
     load_format: Annotated[LoadFormat, Meta(description="dummy: random weights, for speed tests")] = "auto"
     block_size: Annotated[Literal[16], Meta(description="tokens a KV block")] = 16
+    kv_cache_dtype: Annotated[
+        KvCacheDtype, Meta(description="data type of keys and values; fp8 is e4m3 (CUDA); auto: the model's")
+    ] = "auto"
+    quantization: Annotated[
+        Quantization, Meta(description="fp8: weights and their inputs in e4m3, scaled while loading (CUDA)")
+    ] = "none"
+    batch_invariant: Annotated[
+        bool,
+        Meta(description="the same bits for a request in every batch; slower on CUDA, always so on a CPU"),
+    ] = False
     gpu_memory_utilization: Annotated[
         float, Meta(gt=0, le=1, description="share of the GPU's memory for weights, activations and KV")
     ] = 0.9
@@ -119,6 +135,10 @@ class ExecutorSettings(CommonSettings):
         Text, Meta(description="KV memory on the CPU, e.g. 4GiB; auto: by free memory")
     ] = "auto"
     max_num_seqs: Annotated[Count, Meta(description="most rows running at once on an executor")] = 256
+    max_num_batched_tokens: Annotated[Count, Meta(description="token budget of a step")] = 2048
+    enforce_eager: Annotated[
+        bool, Meta(description="no CUDA graphs: a quicker start, and slower decoding (CUDA)")
+    ] = False
     num_threads: Annotated[
         Annotated[int, Meta(ge=0, le=1024)], Meta(description="CPU threads for tensors; 0: all cores")
     ] = 0

@@ -1,8 +1,8 @@
 """A model as a flat list of layers that our CPU kernels run in one call. Knows modules by watching them.
 
-One forward pass of the modules is watched. Each layer's parts are told by what they did (`cpu_parts.py`), then
-each layer is run by the kernels on the inputs that it was seen to get, and the whole model at last. Only where
-all of it gives the same is the program taken. It holds for any model that fits, whatever its family's name.
+One forward pass of the modules is watched. Each layer's parts are told by what they did (`cpu_parts.py`);
+then the kernels run each layer on the inputs that it was seen to get, and the whole model at last.
+The program is taken only where all of it gives the same. It holds for any model that fits.
 """
 
 import ctypes

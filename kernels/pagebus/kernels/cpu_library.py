@@ -20,6 +20,9 @@ MAX_DIM = 576
 """Numbers of a key or a value at most."""
 
 _KINDS: dict[torch.dtype, cpu_compile.Kind] = {torch.bfloat16: "bf16", torch.float32: "float"}
+_PAGE_KINDS = {torch.int8: 1, torch.float8_e4m3fn: 2}
+"""The kernels' numbers of pages that have peaks."""
+
 _PATIENCE_VARIABLE = "PAGEBUS_COMPILE_WAIT_S"
 _PATIENCE_S = "5"
 """What a start waits for the compiler, which began before torch was imported: answering comes first."""
@@ -37,6 +40,16 @@ class NormStruct(ctypes.Structure):
     _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("eps", c_float), ("is_centered", c_int32))
 
 
+class PagesStruct(ctypes.Structure):
+    """A layer's keys and values."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("keys", "values", "key_peaks", "value_peaks")),
+        ("num_blocks", c_int64),
+        *((name, c_int32) for name in ("kind", "kv_heads", "key_dim", "value_dim")),
+    )
+
+
 class LayerStruct(ctypes.Structure):
     """A decoder layer."""
 
@@ -44,9 +57,10 @@ class LayerStruct(ctypes.Structure):
         *((name, LinearStruct) for name in ("qkv", "out", "up", "down")),
         *((name, NormStruct) for name in ("before_attention", "after_attention", "before_mlp", "after_mlp")),
         *((name, NormStruct) for name in ("query", "key")),
-        *((name, c_void_p) for name in ("keys", "values", "cos", "sin", "sinks")),
-        *((name, c_int64) for name in ("num_blocks", "factors")),
-        *((name, c_int32) for name in ("heads", "kv_heads", "key_dim", "value_dim")),
+        ("pages", PagesStruct),
+        *((name, c_void_p) for name in ("cos", "sin", "sinks")),
+        ("factors", c_int64),
+        ("heads", c_int32),
         *((name, c_int32) for name in ("num_turned", "is_interleaved", "is_norm_over_heads")),
         *((name, c_int32) for name in ("window", "group", "activation", "is_gated")),
         *((name, c_float) for name in ("scale", "softcap")),
@@ -85,6 +99,8 @@ class StepStruct(ctypes.Structure):
         ("num_tokens", c_int64),
         *((name, c_void_p) for name in ("hidden", "normed", "is_finite", "scratch")),
         *((name, c_int64) for name in ("first_layer", "last_layer", "is_from_ids")),
+        ("wanted", c_void_p),
+        ("num_wanted", c_int64),
     )
 
 
@@ -94,11 +110,39 @@ class _AttentionStruct(ctypes.Structure):
         ("out", c_void_p),
         ("query_stride", c_int64),
         ("out_stride", c_int64),
-        *((name, c_void_p) for name in ("keys", "values", "tables", "sinks")),
-        *((name, c_int64) for name in ("width", "num_blocks")),
-        *((name, c_int32) for name in ("heads", "kv_heads", "key_dim", "value_dim", "window")),
+        ("pages", PagesStruct),
+        *((name, c_void_p) for name in ("tables", "sinks")),
+        ("width", c_int64),
+        *((name, c_int32) for name in ("heads", "window")),
         *((name, c_float) for name in ("scale", "softcap")),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPages:
+    """A layer's pages in the kernels' order of numbers inside a block.
+
+    Pages of the library's type hold numbers as they are; int8 and float8_e4m3fn pages hold vectors divided by
+    their peaks (`executor/kv_cache.py`), which stand beside them.
+    """
+
+    keys: torch.Tensor  # [kv_heads, blocks, BLOCK_SIZE, key_dim]; the last block is no row's
+    values: torch.Tensor  # [kv_heads, blocks, BLOCK_SIZE, value_dim]
+    peaks: tuple[torch.Tensor, torch.Tensor] | None = (
+        None  # of keys and values, [kv_heads, blocks, BLOCK_SIZE]
+    )
+
+    def struct(self) -> PagesStruct:
+        """For a call; valid as long as the tensors are. Raises `ValueError`."""
+        kv_heads, num_blocks, _, key_dim = self.keys.shape
+        kind = _PAGE_KINDS.get(self.keys.dtype, 0)
+        if (kind != 0) != (self.peaks is not None):
+            raise ValueError(f"pages in {self.keys.dtype} with{'out' if self.peaks is None else ''} peaks")
+        peaks = (None, None) if self.peaks is None else tuple(part.data_ptr() for part in self.peaks)
+        return PagesStruct(
+            self.keys.data_ptr(), self.values.data_ptr(), *peaks, num_blocks, kind, kv_heads, key_dim,
+            self.values.shape[-1],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +223,7 @@ class CpuLibrary:
     def attend(
         self,
         query: torch.Tensor,  # [tokens, heads, key_dim]
-        keys: torch.Tensor,  # pages [kv_heads, blocks, BLOCK_SIZE, key_dim], blocks in the kernels' order
-        values: torch.Tensor,
+        pages: LayerPages,
         rows: PackedRows,
         *,
         scale: float,
@@ -192,14 +235,13 @@ class CpuLibrary:
         """Attention of the rows' tokens, [tokens, heads, value_dim]; tokens of no row come out as zeros."""
         query = query.contiguous()
         num_tokens, num_heads, key_dim = query.shape
-        kv_heads, num_blocks, _, value_dim = values.shape
+        value_dim = pages.values.shape[-1]
         out = torch.zeros(num_tokens, num_heads, value_dim, dtype=self.dtype)
         call = _AttentionStruct(
             query=query.data_ptr(), out=out.data_ptr(), query_stride=num_heads * key_dim,
-            out_stride=num_heads * value_dim, keys=keys.data_ptr(), values=values.data_ptr(),
-            tables=rows.table.ctypes.data, sinks=None if sinks is None else sinks.data_ptr(),
-            width=rows.table.shape[1], num_blocks=num_blocks, heads=num_heads, kv_heads=kv_heads,
-            key_dim=key_dim, value_dim=value_dim, window=window or 0, scale=scale, softcap=softcap or 0.0,
+            out_stride=num_heads * value_dim, pages=pages.struct(), tables=rows.table.ctypes.data,
+            sinks=None if sinks is None else sinks.data_ptr(), width=rows.table.shape[1], heads=num_heads,
+            window=window or 0, scale=scale, softcap=softcap or 0.0,
         )  # fmt: skip
         of_rows = rows.struct()
         if new is not None:
@@ -234,12 +276,17 @@ def _at(tensor: torch.Tensor) -> c_void_p:
 _libraries: dict[torch.dtype, CpuLibrary] = {}
 
 
-def library_for(dtype: torch.dtype) -> CpuLibrary | None:
-    """This machine's kernels for `dtype`, compiled if need be; None where there are none."""
+def library_for(dtype: torch.dtype, *, patience_s: float | None = None) -> CpuLibrary | None:
+    """This machine's kernels for `dtype`, compiled if need be; None where there are none.
+
+    The first call waits for the compiler for `patience_s`, by default about as long as torch's import takes.
+    """
     if dtype not in _KINDS or not cpu_compile.is_supported():
         return None
     if dtype not in _libraries:
-        found = cpu_compile.load(_KINDS[dtype], float(os.environ.get(_PATIENCE_VARIABLE, _PATIENCE_S)))
+        if patience_s is None:
+            patience_s = float(os.environ.get(_PATIENCE_VARIABLE, _PATIENCE_S))
+        found = cpu_compile.load(_KINDS[dtype], patience_s)
         if found is None:
             return None
         _libraries[dtype] = CpuLibrary(found, dtype)

@@ -6,7 +6,7 @@ import torch
 
 from pagebus.executor.attention import Attend, AttentionCall, FusedCall
 from pagebus.executor.kv_cache import LayerSpec, Pages
-from pagebus.kernels.cpu_library import MAX_DIM, CpuLibrary, pack_rows
+from pagebus.kernels.cpu_library import MAX_DIM, CpuLibrary, LayerPages, pack_rows
 from pagebus.kernels.paged_attention import RowSpan
 
 _VALUE_STEP = 16  # numbers that a kernel's vector holds
@@ -15,8 +15,14 @@ _VALUE_STEP = 16  # numbers that a kernel's vector holds
 class CpuCache(Pages):
     """Head-major pages; inside a block numbers lie as the kernels read them (see `cpu/attention.h`)."""
 
-    def __init__(self, specs: Sequence[LayerSpec], num_blocks: Sequence[int], library: CpuLibrary) -> None:
-        super().__init__(specs, num_blocks, library.dtype, torch.device("cpu"), block_dim=1)
+    def __init__(
+        self,
+        specs: Sequence[LayerSpec],
+        num_blocks: Sequence[int],
+        library: CpuLibrary,
+        page_dtype: torch.dtype | None = None,  # the library's, int8 or float8_e4m3fn
+    ) -> None:
+        super().__init__(specs, num_blocks, page_dtype or library.dtype, torch.device("cpu"), block_dim=1)
         self.library = library
         self._sinks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -27,14 +33,10 @@ class CpuCache(Pages):
         def attend(call: AttentionCall | FusedCall) -> torch.Tensor:
             if isinstance(call, FusedCall):
                 raise TypeError("these pages take no fused calls")
-            keys, values = self.of_layer[call.layer]
-            if values is None:
-                raise TypeError("these pages hold no latents")
             group = self.group_of[call.layer]
             return self.library.attend(
                 call.query.transpose(0, 1),
-                keys,
-                values,
+                self.layer_pages(call.layer),
                 rows[group],
                 scale=call.scale,
                 window=self.windows[group],
@@ -44,6 +46,13 @@ class CpuCache(Pages):
             )
 
         return attend
+
+    def layer_pages(self, layer: int) -> LayerPages:
+        """A layer's pages as the kernels take them."""
+        keys, values = self.of_layer[layer]
+        if values is None:
+            raise TypeError("these pages hold no latents")
+        return LayerPages(keys, values, self.peaks_of_layer.get(layer))
 
     def wide_sinks(self, layer: int, sinks: torch.Tensor) -> torch.Tensor:
         """A layer's sinks in float32, kept."""
@@ -63,3 +72,13 @@ def can_hold(specs: Sequence[LayerSpec]) -> bool:
         and spec.num_heads % spec.num_kv_heads == 0
         for spec in specs
     )
+
+
+def why_no_bytes(specs: Sequence[LayerSpec], page_dtype: torch.dtype, device: torch.device) -> str:
+    """What keeps keys and values from lying in pages of bytes."""
+    flag = "--kv-cache-dtype " + ("int8" if page_dtype == torch.int8 else "fp8")
+    if device.type == "cuda":
+        return f"{flag} needs Triton"
+    if not can_hold(specs):
+        return f"{flag}: the CPU's kernels do not hold what this model's attention stores; use auto"
+    return f"{flag} needs the CPU's compiled kernels, and so a C++ compiler (g++)"

@@ -66,22 +66,22 @@ def find_program(
 ) -> CpuProgram | None:
     """The model as a program over `cache`, or None where the kernels do not give what its modules give.
 
-    Blocks 0 and on are written, and zeroed again: no row may be alive.
+    It is tried on pages of its own, which hold numbers as they are: rounding to bytes would hide faults.
     """
-    num_tokens = min(_MOST_TOKENS, max_len, *(BLOCK_SIZE * num for num in cache.num_blocks))
+    num_tokens = min(_MOST_TOKENS, max_len)
     num_blocks = -(-num_tokens // BLOCK_SIZE)
     spans = [[RowSpan(0, num_tokens, 0, np.arange(num_blocks))] for _ in cache.windows]
+    tried_on = CpuCache(specs, [num_blocks] * len(cache.windows), cache.library)
     ids = (torch.arange(num_tokens) * 7 + 3) % vocab_size
     try:
         with torch.inference_mode():
-            watched = _watch(model, cache, ids, spans)
-            program = _build(model, specs, cache, watched)
+            watched = _watch(model, tried_on, ids, spans)
+            program = _build(model, specs, tried_on, watched)
             _check(model, program, watched, ids, spans)
     except _Unfit as unfit:
         _log.info("the model's modules run one by one: %s", unfit)
         return None
-    finally:
-        cache.clear([range(num_blocks)] * len(cache.windows))
+    program.use(cache)
     _log.info("all %d layers run in compiled kernels", len(specs))
     return program
 
@@ -121,7 +121,7 @@ def _build(model: nn.Module, specs: tuple[LayerSpec, ...], cache: CpuCache, watc
     if len(layers) != len(specs):
         raise _Unfit(f"{len(layers)} of {len(specs)} layers are decoder layers")
     structs = (LayerStruct * len(layers))()
-    kept: list[object] = [structs]
+    kept: list[object] = []
     rotary: dict[tuple[int, str | None], Rotary] = {}
     for at, (layer, attention) in enumerate(layers):
         number = vars(attention)["layer_idx"]
@@ -150,7 +150,7 @@ def _build(model: nn.Module, specs: tuple[LayerSpec, ...], cache: CpuCache, watc
         num_layers=len(layers), hidden=hidden.shape[-1], residual_scale=_residual_scale(first),
         embedding_scale=_scale(embedding.weight, watched.seen[embedding], hidden),
     )  # fmt: skip
-    return CpuProgram(cache, struct, list(rotary.values()), head, _head_shape(model), kept)
+    return CpuProgram(cache, structs, struct, list(rotary.values()), head, _head_shape(model), kept)
 
 
 def _layers(model: nn.Module, watched: _Watched) -> list[tuple[nn.Module, nn.Module]]:
@@ -222,14 +222,9 @@ def _fill_attention(
         struct.query, struct.key = _norm(part.query_norm, kept), _norm(part.key_norm, kept)
     struct.is_norm_over_heads, struct.is_interleaved = part.is_norm_over_heads, part.is_interleaved
     struct.num_turned = part.num_turned
-    keys, values = cache.of_layer[spec.layer]
-    if values is None:
-        raise _Unfit("its pages hold latents")
-    struct.keys, struct.values, struct.num_blocks = keys.data_ptr(), values.data_ptr(), keys.shape[1]
     struct.group = cache.group_of[spec.layer]
     struct.window = spec.window or 0
-    struct.heads, struct.kv_heads = spec.num_heads, spec.num_kv_heads
-    struct.key_dim, struct.value_dim = spec.key_dim, spec.value_dim
+    struct.heads = spec.num_heads
     struct.scale, struct.softcap = call.scale, call.softcap or 0.0
     if call.sinks is not None:
         sinks = call.sinks.detach().float().contiguous()

@@ -1,7 +1,7 @@
 """Runs a model's program of CPU kernels: one call a step, or one a layer of a long one. Knows no modules."""
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,15 +58,22 @@ class CpuProgram:
     """A model's layers over a cache's pages."""
 
     def __init__(
-        self, cache: CpuCache, model: ModelStruct, rotary: list[Rotary], head: CpuLinear, shape: HeadShape,
-        kept: list[object],
+        self, cache: CpuCache, layers: "ctypes.Array[LayerStruct]", model: ModelStruct, rotary: list[Rotary],
+        head: CpuLinear, shape: HeadShape, kept: list[object],
     ) -> None:  # fmt: skip
         """`kept`: what the structures point to."""
-        self._cache, self._library = cache, cache.library
+        self._library, self._layers = cache.library, layers
+        self.use(cache)
         self._model, self._rotary, self._head, self._shape, self._kept = model, rotary, head, shape, kept
         self._capacity = 0
         self._hidden = self._normed = self._scratch = torch.empty(0)
         self._is_finite = np.empty(0, dtype=np.uint8)
+
+    def use(self, cache: CpuCache) -> None:
+        """Go on with the pages of `cache`, which has the same layers."""
+        self._cache = cache
+        for at, layer in enumerate(self._layers):
+            layer.pages = cache.layer_pages(at).struct()
 
     def run(
         self,
@@ -74,14 +81,23 @@ class CpuProgram:
         positions: Ints,  # [tokens]
         spans: list[list[RowSpan]],  # by KV group, then row
         beat: Callable[[], None] | None = None,  # called while a long step gets on
+        wanted: Sequence[int] | None = None,  # ascending; None: all
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The hidden states after the last norm, [tokens, hidden], and which are finite, bool [tokens].
 
-        Both stand in memory that the next step writes to.
+        With `wanted` the states of these flat tokens alone, [len(wanted), hidden]: of the others the last
+        layer makes keys and values only. Both stand in memory that the next step writes to.
         """
         ids = np.ascontiguousarray(ids)
         step, kept = self._step(positions, spans)
         step.ids = ids.ctypes.data
+        num = len(ids)
+        if wanted is not None:
+            places = np.array(wanted, dtype=np.int64)
+            kept.append(places)
+            num = step.num_wanted = len(places)
+            # An address also where there is none: without one all tokens are wanted.
+            step.wanted = places.ctypes.data or step.ids
         num_layers = self._model.num_layers
         at_once = num_layers if len(ids) <= _TOKENS_AT_ONCE else 1
         for first in range(0, num_layers, at_once):
@@ -91,7 +107,7 @@ class CpuProgram:
             if beat is not None:
                 beat()
         del kept
-        return self._normed[: len(ids)], torch.from_numpy(self._is_finite[: len(ids)] != 0)
+        return self._normed[:num], torch.from_numpy(self._is_finite[: len(ids)] != 0)
 
     def one_layer(
         self, at: int, hidden: torch.Tensor, positions: Ints, spans: list[list[RowSpan]]

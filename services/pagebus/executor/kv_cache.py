@@ -32,16 +32,16 @@ class LayerSpec:
         return self.num_kv_heads * (self.key_dim + (0 if self.is_latent else self.value_dim))
 
     def bytes_a_block(self, dtype: torch.dtype) -> int:
-        """Pages of `dtype`, and where that is fp8 the float32 that goes with each vector."""
+        """Pages of `dtype`, and where that is fp8 or int8 the float32 that goes with each vector."""
         size = self.numbers_a_token * dtype.itemsize
-        if is_fp8(dtype):
+        if has_peaks(dtype):
             size += self.num_kv_heads * (1 if self.is_latent else 2) * torch.float32.itemsize
         return size * BLOCK_SIZE
 
 
-def is_fp8(dtype: torch.dtype) -> bool:
+def has_peaks(dtype: torch.dtype) -> bool:
     """Whether pages of this type need each vector's largest magnitude beside them."""
-    return dtype == torch.float8_e4m3fn
+    return dtype in {torch.float8_e4m3fn, torch.int8}
 
 
 def windows_of(specs: Sequence[LayerSpec]) -> list[int | None]:
@@ -89,7 +89,7 @@ class Pages:
 
     A latent layer has one page a block, [latent | rotary key] for each token, instead of keys and values.
     fp8 pages hold each vector (a token's key or value in one head) divided by a 448th of its largest
-    magnitude, its peak, which stands beside them in float32:
+    magnitude, its peak, which stands beside them in float32; int8 pages (on a CPU) by a 127th:
 
         pages   [blocks, kv_heads, BLOCK_SIZE, dim]    1 byte a number
         peaks   [blocks, kv_heads, BLOCK_SIZE]         4 bytes a vector: 3.1 % more at 128 numbers
@@ -113,7 +113,7 @@ class Pages:
         self.group_of = {spec.layer: self.windows.index(spec.window) for spec in specs}
         self.block_dim = block_dim
         self.of_layer: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
-        self.peaks_of_layer: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of fp8 pages only
+        self.peaks_of_layer: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of fp8 and int8 pages only
         for spec in specs:
             sizes = [spec.num_kv_heads, BLOCK_SIZE]
             sizes.insert(block_dim, self.num_blocks[self.group_of[spec.layer]] + 1)
@@ -121,7 +121,7 @@ class Pages:
                 _zeros((*sizes, spec.key_dim), dtype, device),
                 None if spec.is_latent else _zeros((*sizes, spec.value_dim), dtype, device),
             )
-            if is_fp8(dtype):
+            if has_peaks(dtype):
                 peaks = _zeros(tuple(sizes), torch.float32, device)
                 self.peaks_of_layer[spec.layer] = (
                     peaks,
@@ -164,7 +164,7 @@ class Pages:
     def _layer_pages(self, layer: int) -> list[torch.Tensor]:
         """All tensors that hold a layer's blocks; fp8 as bytes, as torch does not fill it everywhere."""
         found = [pages for pages in self.of_layer[layer] if pages is not None]
-        found = [pages.view(torch.uint8) if is_fp8(pages.dtype) else pages for pages in found]
+        found = [pages.view(torch.uint8) if pages.dtype.itemsize == 1 else pages for pages in found]
         keys, values = self.peaks_of_layer.get(layer, (None, None))
         return found + [peaks for peaks in (keys, None if values is keys else values) if peaks is not None]
 

@@ -29,6 +29,7 @@ from pagebus.executor.merging import find_siblings, merge
 from pagebus.executor.rotary import fix_rotary
 from pagebus.executor.scaled_weights import block_of
 from pagebus.kernels import fp8
+from pagebus.kernels.cpu_library import library_for
 from pagebus.settings.structs import Dtype, KvCacheDtype, LoadFormat, Quantization
 
 _log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ _TESTED = (
 )
 _CAN = f"what can: {_TESTED}"
 _DEFAULT_LEN = 2048  # where a config does not say
+_COMPILER_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ def load_model(
     longest = _longest(path, config, max_model_len)
     target = torch.device(device)
     kind = choose_dtype(dtype, config, target)
-    pages = kind if kv_cache_dtype == "auto" else fp8.DTYPE
+    pages = _page_dtype(kv_cache_dtype, kind, target)
     if room is not None:
         _check_room(path, config, kind, pages, load_format, longest, is_asked=max_model_len > 0, room=room)
     if load_format == "dummy":
@@ -116,6 +118,17 @@ def load_model(
         page_dtype=pages,
         is_batch_invariant=is_batch_invariant,
     )
+
+
+def _page_dtype(asked: KvCacheDtype, kind: torch.dtype, device: torch.device) -> torch.dtype:
+    """What keys and values are stored in; on a CPU its kernels are compiled then. Raises `ModelError`."""
+    if asked == "auto":
+        return kind
+    if device.type == "cpu":
+        library_for(kind, patience_s=_COMPILER_S)  # nothing else here attends to pages of bytes
+    if asked == "int8" and device.type == "cuda":
+        raise ModelError("--kv-cache-dtype int8 needs a CPU; on a CUDA device fp8 takes as little memory")
+    return torch.int8 if asked == "int8" else fp8.DTYPE
 
 
 def _pack(model: PreTrainedModel) -> None:

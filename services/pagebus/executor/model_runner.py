@@ -15,12 +15,12 @@ from torch import nn
 from pagebus.bus.messages import Logprobs, PoolGroup
 from pagebus.executor.attention import AttentionCall, FusedCall, answering
 from pagebus.executor.batch import BlockCopy, RowInput, RowOutput
-from pagebus.executor.cpu_cache import CpuCache, can_hold
+from pagebus.executor.cpu_cache import CpuCache, can_hold, why_no_bytes
 from pagebus.executor.cpu_program import find_program
 from pagebus.executor.cpu_run import CpuProgram
 from pagebus.executor.errors import BrokenModelError, ModelError
 from pagebus.executor.gpu_memory import CudaMemory, share_of
-from pagebus.executor.kv_cache import Cache, is_fp8
+from pagebus.executor.kv_cache import Cache, has_peaks
 from pagebus.executor.kv_sizing import num_blocks_of
 from pagebus.executor.linears import padded_size
 from pagebus.executor.loader import LoadedModel, load_model
@@ -50,6 +50,7 @@ class _Batch:
     positions: torch.Tensor  # [1, padded tokens]
     last: list[int]  # flat index of each row's last token
     spans: list[list[RowSpan]]  # by KV group, then row
+    is_kept: bool  # more logits than those of `last` may be asked for
 
 
 class ModelRunner:
@@ -171,6 +172,7 @@ class ModelRunner:
             positions=torch.from_numpy(positions).to(self._device)[None],
             last=(ends - 1).tolist(),
             spans=spans,
+            is_kept=any(rows[i].sampling.num_prompt_logprobs is not None for i in order),
         )
 
     def _forward(self, batch: _Batch, wanted: list[int]) -> torch.Tensor:
@@ -178,8 +180,10 @@ class ModelRunner:
         if self._program is not None:
             num = batch.last[-1] + 1
             ids, positions = batch.ids[0, :num].numpy(), batch.positions[0, :num].numpy()
-            self._normed, self._is_finite = self._program.run(ids, positions, batch.spans, self.pulse.beat)
-            return self._program.logits(self._normed[wanted])
+            self._normed, self._is_finite = self._program.run(
+                ids, positions, batch.spans, self.pulse.beat, None if batch.is_kept else wanted
+            )
+            return self._program.logits(self._normed[wanted] if batch.is_kept else self._normed)
         answer = self._cache.answer(batch.spans, batch.ids.shape[1])
 
         def attend(call: AttentionCall | FusedCall) -> torch.Tensor:
@@ -296,11 +300,11 @@ def make_cache(loaded: LoadedModel, num_blocks: Sequence[int], pulse: Pulse) -> 
                 loaded.device,
                 is_batch_invariant=loaded.is_batch_invariant,
             )
-    if is_fp8(loaded.page_dtype):
-        raise ModelError("--kv-cache-dtype fp8 needs a CUDA device and Triton")
     library = library_for(loaded.dtype) if loaded.device.type == "cpu" and can_hold(loaded.specs) else None
     if library is not None:
-        return CpuCache(loaded.specs, num_blocks, library)
+        return CpuCache(loaded.specs, num_blocks, library, loaded.page_dtype)
+    if has_peaks(loaded.page_dtype):
+        raise ModelError(why_no_bytes(loaded.specs, loaded.page_dtype, loaded.device))
     return PagedCache(loaded.specs, num_blocks, loaded.dtype, loaded.device)
 
 
@@ -379,8 +383,6 @@ def on_device(
 
 def _refuse_on_cpu(settings: ExecutorSettings) -> None:
     """Say what only a GPU can do before anything is loaded."""
-    if settings.kv_cache_dtype != "auto":
-        raise ModelError(f"--kv-cache-dtype {settings.kv_cache_dtype} needs a CUDA device")
     if settings.quantization != "none":
         raise ModelError(f"--quantization {settings.quantization} needs a CUDA device")
 

@@ -12,7 +12,7 @@ from msgspec import Meta
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
-KvCacheDtype = Literal["auto", "fp8", "fp8_e4m3"]
+KvCacheDtype = Literal["auto", "fp8", "fp8_e4m3", "int8"]
 Quantization = Literal["none", "fp8"]
 BUNDLED_MODEL_NAME = "pagebus-mini"
 """Name of the bundled model, served where no model is named."""
@@ -119,7 +119,8 @@ class ExecutorSettings(CommonSettings):
     load_format: Annotated[LoadFormat, Meta(description="dummy: random weights, for speed tests")] = "auto"
     block_size: Annotated[Literal[16], Meta(description="tokens a KV block")] = 16
     kv_cache_dtype: Annotated[
-        KvCacheDtype, Meta(description="data type of keys and values; fp8 is e4m3 (CUDA); auto: the model's")
+        KvCacheDtype,
+        Meta(description="data type of keys and values; fp8 is e4m3; int8 on a CPU only; auto: the model's"),
     ] = "auto"
     quantization: Annotated[
         Quantization, Meta(description="fp8: weights and their inputs in e4m3, scaled while loading (CUDA)")

@@ -6,7 +6,7 @@ import torch
 
 from pagebus.executor.cpu_linears import CpuLinear
 from pagebus.kernels import cpu_compile
-from pagebus.kernels.cpu_library import CpuLibrary, library_for, pack_rows
+from pagebus.kernels.cpu_library import CpuLibrary, LayerPages, library_for, pack_rows
 from pagebus.kernels.kv_write import BLOCK_SIZE
 from pagebus.kernels.paged_attention import RowSpan
 
@@ -72,7 +72,8 @@ class Pages:
         return np.array([self.free.pop() for _ in range(-(-num_tokens // BLOCK_SIZE))])
 
     def attend(self, query, spans, new, **options) -> torch.Tensor:
-        return self.library.attend(query, self.keys, self.values, pack_rows(spans), new=new, **options)
+        pages = LayerPages(self.keys, self.values)
+        return self.library.attend(query, pages, pack_rows(spans), new=new, **options)
 
 
 def reference(query, keys, values, scale, window=None, softcap=None, sinks=None) -> torch.Tensor:

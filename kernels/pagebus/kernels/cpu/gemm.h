@@ -24,10 +24,12 @@ static inline long round_up(long value, long step) { return (value + step - 1) /
 
 template <class T> static inline long panel_size(long num_in) { return round_up(num_in, group_of<T>) * PANEL; }
 
-// acc[r][v] += packed rows' inputs times V vectors of outputs, over `num_groups` groups of inputs.
-template <int R, int V>
+// acc[r][v] += rows' inputs times V vectors of outputs, over `num_groups` groups of inputs. The rows are packed,
+// or lie STRIDE numbers apart.
+template <int R, int V, int STRIDE = 0>
 static inline __attribute__((always_inline)) void multiply(
     const bf16 *a, const bf16 *const (&b)[V], long b_step, long num_groups, vf (&acc)[R][V]) {
+  constexpr long row = STRIDE ? STRIDE : 2, group = STRIDE ? 2 : 2 * R;
   for (long k = 0; k < num_groups; k++) {
 #if defined(__AVX512BF16__)
     __m512bh w[V];
@@ -36,7 +38,7 @@ static inline __attribute__((always_inline)) void multiply(
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       int32_t pair;
-      std::memcpy(&pair, a + 2 * (k * R + r), 4);
+      std::memcpy(&pair, a + k * group + r * row, 4);
       __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 8
       for (int v = 0; v < V; v++) acc[r][v] = (vf)_mm512_dpbf16_ps((__m512)acc[r][v], x, w[v]);
@@ -51,7 +53,7 @@ static inline __attribute__((always_inline)) void multiply(
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-      vf x0 = splat(widen(a[2 * (k * R + r)])), x1 = splat(widen(a[2 * (k * R + r) + 1]));
+      vf x0 = splat(widen(a[k * group + r * row])), x1 = splat(widen(a[k * group + r * row + 1]));
 #pragma GCC unroll 8
       for (int v = 0; v < V; v++) {
         acc[r][v] += x0 * even[v];
@@ -62,16 +64,17 @@ static inline __attribute__((always_inline)) void multiply(
   }
 }
 
-template <int R, int V>
+template <int R, int V, int STRIDE = 0>
 static inline __attribute__((always_inline)) void multiply(
     const float *a, const float *const (&b)[V], long b_step, long num_groups, vf (&acc)[R][V]) {
+  constexpr long row = STRIDE ? STRIDE : 1, group = STRIDE ? 1 : R;
   for (long k = 0; k < num_groups; k++) {
     vf w[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) w[v] = load(b[v] + k * b_step);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-      vf x = splat(a[k * R + r]);
+      vf x = splat(a[k * group + r * row]);
 #pragma GCC unroll 8
       for (int v = 0; v < V; v++) acc[r][v] += x * w[v];
     }
@@ -159,12 +162,30 @@ template <class T> static inline long packed_rows_size(long num_rows, long num_i
   return num_rows * round_up(num_in, group_of<T>);
 }
 
+// A group is 4 bytes in either type: rows become columns.
 template <class T>
 static inline void pack_tile(const T *a, long stride, long num_rows, long num_in, T *packed) {
   constexpr int group = group_of<T>;
+  static_assert(sizeof(T) * group == 4);
+  long num_groups = num_in / group, done = 0;
+#if defined(__SSE2__)
+  for (; num_rows >= 4 && done + 4 <= num_groups; done += 4) {
+    for (long r = 0; r < num_rows; r += 4) {
+      if (r + 4 > num_rows) r = num_rows - 4;  // the last four once more
+      const T *from = a + r * stride + done * group;
+      auto load_4 = [&](long row) { return _mm_loadu_ps(reinterpret_cast<const float *>(from + row * stride)); };
+      __m128 w = load_4(0), x = load_4(1), y = load_4(2), z = load_4(3);
+      _MM_TRANSPOSE4_PS(w, x, y, z);
+      auto store_4 = [&](long at, __m128 some) {
+        _mm_storeu_ps(reinterpret_cast<float *>(packed + ((done + at) * num_rows + r) * group), some);
+      };
+      store_4(0, w), store_4(1, x), store_4(2, y), store_4(3, z);
+    }
+  }
+#endif
   for (long r = 0; r < num_rows; r++)
-    for (long k = 0; k < num_in; k += group)
-      std::memcpy(packed + (k / group * num_rows + r) * group, a + r * stride + k, sizeof(T) * group);
+    for (long k = done; k < num_groups; k++)
+      std::memcpy(packed + (k * num_rows + r) * group, a + r * stride + k * group, 4);
 }
 
 // out[rows, num_out] = a[rows, num_in] * weight + bias. `packed` takes the packed rows. In bfloat16 the number

@@ -42,6 +42,17 @@ static inline float norm_row(const Norm &norm, const float *x, long n, float *ou
   return total;
 }
 
+template <class T> static inline bool is_finite_row(const T *x, long n) {
+  vi most = {};
+  for (long i = 0; i < n; i += LANES) {
+    vi bits = (vi)load_some(x + i, int(n - i)) & 0x7fffffff;
+    most = bits > most ? bits : most;
+  }
+  for (int i = 0; i < LANES; i++)
+    if (most[i] >= 0x7f800000) return false;
+  return true;
+}
+
 enum Activation : int32_t { SILU = 0, GELU_TANH = 1, RELU_SQUARED = 2, GELU = 3 };
 
 static inline vf activate(int32_t kind, vf x) {

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -68,6 +68,26 @@ static inline void store(bf16 *p, vf x) {
 #endif
 }
 
+// 16 bytes as integers, and back; written out because compilers take such conversions apart.
+static inline vi load_signed(const void *p) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i *>(p)));
+#else
+  vi out;
+  for (int i = 0; i < LANES; i++) out[i] = static_cast<const int8_t *>(p)[i];
+  return out;
+#endif
+}
+static inline vi load_unsigned(const void *p) { return load_signed(p) & 0xff; }
+static inline void store_bytes(void *p, vi x) {  // the lowest byte of each
+#if defined(__AVX512F__)
+  _mm_storeu_si128(static_cast<__m128i *>(p), _mm512_cvtepi32_epi8((__m512i)x));
+#else
+  for (int i = 0; i < LANES; i++) static_cast<uint8_t *>(p)[i] = uint8_t(x[i]);
+#endif
+}
+static inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+
 static inline vf largest(vf a, vf b) {
 #if defined(__AVX512F__)
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
@@ -76,12 +96,27 @@ static inline vf largest(vf a, vf b) {
 #endif
 }
 
+static inline vf smallest(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 static inline float sum_of(vf x) {  // one order, whatever the processor
+#if defined(__AVX512DQ__)
+  __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
   float half[8];
   for (int i = 0; i < 8; i++) half[i] = x[i] + x[i + 8];
   for (int n = 4; n > 0; n /= 2)
     for (int i = 0; i < n; i++) half[i] += half[i + n];
   return half[0];
+#endif
 }
 
 static inline float largest_of(vf x) {
@@ -96,9 +131,7 @@ static inline float largest_of(vf x) {
 
 // e^x by 2^n * e^r, |r| <= ln2 / 2, the remainder by a polynomial: about one unit in the last place.
 static inline vf exp_of(vf x) {
-  vf low = splat(-87.0f), high = splat(88.0f);
-  x = x < low ? low : x;
-  x = x > high ? high : x;
+  x = smallest(splat(88.0f), largest(splat(-87.0f), x));  // a NaN stays one
   vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   vf t = x * splat(1.44269504088896341f) + magic;
   vf n = t - magic;
@@ -116,9 +149,7 @@ static inline vf exp_of(vf x) {
 }
 
 static inline vf tanh_of(vf x) {
-  vf low = splat(-10.0f), high = splat(10.0f);
-  x = x < low ? low : x;
-  x = x > high ? high : x;
+  x = smallest(splat(10.0f), largest(splat(-10.0f), x));
   vf e = exp_of(x + x);
   return (e - splat(1.0f)) / (e + splat(1.0f));
 }

@@ -25,11 +25,11 @@ struct Linear {
 struct Layer {
   Linear qkv, out, up, down;
   Norm before_attention, after_attention, before_mlp, after_mlp, query, key;
-  void *keys, *values;
+  Pages pages;
   const float *cos, *sin;  // [positions][factors]
   const float *sinks;
-  int64_t num_blocks, factors;
-  int32_t heads, kv_heads, key_dim, value_dim;
+  int64_t factors;
+  int32_t heads;
   int32_t num_turned, is_interleaved;  // factors used of each position's
   int32_t is_norm_over_heads;          // q/k norms run over all heads at once
   int32_t window, group;
@@ -53,10 +53,12 @@ struct Step {
   const int64_t *widths;
   int64_t num_tokens;
   void *hidden;       // [tokens][hidden]: the residual stream between calls
-  void *normed;       // [tokens][hidden]: after the last norm
+  void *normed;       // [tokens, or those wanted][hidden]: after the last norm
   uint8_t *is_finite;  // [tokens]
   char *scratch;
   int64_t first_layer, last_layer, is_from_ids;
+  const int64_t *wanted;  // flat tokens, ascending, that go through all of the last layer; none: all of them
+  int64_t num_wanted;
 };
 
 static long stride_of(long columns) { return round_up(columns, 32) + 32; }  // no two rows in the same cache sets
@@ -81,7 +83,7 @@ struct Sizes {
 class Run {
  public:
   Run(Team &team, const Model &model, const Step &step)
-      : team_(team), model_(model), step_(step), sizes_(model), row_of_(nullptr) {
+      : team_(team), model_(model), step_(step), sizes_(model), row_of_(nullptr), num_tokens_(step.num_tokens) {
     long n = step.num_tokens;
     x_ = static_cast<T *>(step.hidden);
     char *at = step.scratch;
@@ -94,8 +96,7 @@ class Run {
     attended_ = take(sizes_.attended), up_ = take(sizes_.up), inner_ = take(sizes_.inner);
     packed_ = take(sizes_.packed);
     row_of_ = reinterpret_cast<int32_t *>(at);
-    row_piece_ = n / (team.num_threads() * 4);
-    if (row_piece_ < 1) row_piece_ = 1;
+    split_rows();
   }
 
   void layers() {
@@ -107,12 +108,14 @@ class Run {
     for (long i = step_.first_layer; i < step_.last_layer; i++) {
       const Layer &layer = all[i];
       linear(layer.qkv, y_, sizes_.hidden, qkv_, sizes_.qkv);
-      turn_and_write(layer);
+      bool is_cut = step_.wanted && i + 1 == model_.num_layers;
+      turn_and_write(layer, is_cut);
       attend_to(layer);
+      if (is_cut) keep_wanted();
       linear(layer.out, attended_, sizes_.attended, h_, sizes_.hidden);
       add_and_norm(h_, layer.after_attention, &layer.before_mlp);
       linear(layer.up, y_, sizes_.hidden, up_, sizes_.up);
-      team_.each(step_.num_tokens, row_piece_, [&](long first, long last) {
+      team_.each(num_tokens_, row_piece_, [&](long first, long last) {
         for (long t = first; t < last; t++)
           activate_row(layer.activation, layer.is_gated, up_ + t * sizes_.up, layer.down.num_in, inner_ + t * sizes_.inner);
       });
@@ -125,7 +128,7 @@ class Run {
  private:
   void linear(const Linear &linear, const T *from, long stride, T *to, long to_stride) {
     gemm<T>(
-        team_, from, stride, step_.num_tokens, static_cast<const T *>(linear.weight), linear.bias, linear.num_in,
+        team_, from, stride, num_tokens_, static_cast<const T *>(linear.weight), linear.bias, linear.num_in,
         linear.num_out, Target{to, to_stride, false}, packed_);
   }
 
@@ -148,7 +151,7 @@ class Run {
   // x += scale * after(h), then y = before(x); either may be missing.
   void add_and_norm(const T *h, const Norm &after, const Norm *before) {
     long n = model_.hidden;
-    team_.each(step_.num_tokens, row_piece_, [&](long first, long last) {
+    team_.each(num_tokens_, row_piece_, [&](long first, long last) {
       float *wide = wide_row(n), *other = wide + round_up(n, LANES);
       for (long t = first; t < last; t++) {
         T *x = x_ + t * n;
@@ -167,10 +170,30 @@ class Run {
     });
   }
 
-  void turn_and_write(const Layer &layer) {
+  void split_rows() {
+    row_piece_ = num_tokens_ / (team_.num_threads() * 4);
+    if (row_piece_ < 1) row_piece_ = 1;
+  }
+
+  // The rest of the layer is computed for the wanted tokens alone.
+  void keep_wanted() {
+    team_.each(1, 1, [&](long, long) {
+      for (long i = 0; i < step_.num_wanted; i++) {
+        long n = model_.hidden, from = step_.wanted[i], width = sizes_.attended;
+        if (from == i) continue;
+        std::memcpy(x_ + i * n, x_ + from * n, n * sizeof(T));
+        std::memcpy(attended_ + i * width, attended_ + from * width, width * sizeof(T));
+      }
+    });
+    num_tokens_ = step_.num_wanted;
+    split_rows();
+  }
+
+  // `is_last`: whether a token's numbers are finite is told here, as the rest of the layer may not be computed.
+  void turn_and_write(const Layer &layer, bool is_last) {
     const int32_t *tables = step_.tables[layer.group];
     long width = step_.widths[layer.group];
-    int q_size = layer.heads * layer.key_dim, k_size = layer.kv_heads * layer.key_dim;
+    int q_size = layer.heads * layer.pages.key_dim, k_size = layer.pages.kv_heads * layer.pages.key_dim;
     team_.each(step_.num_tokens, row_piece_, [&](long first, long last) {
       float *wide = wide_row(q_size + k_size);
       for (long t = first; t < last; t++) {
@@ -179,27 +202,24 @@ class Run {
         int position = step_.positions[t];
         const float *cos = layer.cos + position * layer.factors, *sin = layer.sin + position * layer.factors;
         turn_heads(layer, layer.query, layer.heads, cos, sin, wide);
-        turn_heads(layer, layer.key, layer.kv_heads, cos, sin, wide + q_size);
+        turn_heads(layer, layer.key, layer.pages.kv_heads, cos, sin, wide + q_size);
         narrow_row(wide, q_size + k_size, qkv);
+        if (is_last) step_.is_finite[t] = is_finite_row(qkv, layer.qkv.num_out);
         long block = tables[row_of_[t] * width + position / BLOCK];
         int place = position % BLOCK;
-        for (int head = 0; head < layer.kv_heads; head++) {
-          write_key(
-              static_cast<T *>(layer.keys), layer.num_blocks, head, block, place, layer.key_dim,
-              qkv + q_size + head * layer.key_dim);
-          write_value(
-              static_cast<T *>(layer.values), layer.num_blocks, head, block, place, layer.value_dim,
-              qkv + q_size + k_size + head * layer.value_dim);
-        }
+        for (int head = 0; head < layer.pages.kv_heads; head++)
+          write_head(
+              layer.pages, head, block, place, qkv + q_size + head * layer.pages.key_dim,
+              qkv + q_size + k_size + head * layer.pages.value_dim);
       }
     });
   }
 
   static void turn_heads(
       const Layer &layer, const Norm &norm, int heads, const float *cos, const float *sin, float *x) {
-    if (norm.weight && layer.is_norm_over_heads) norm_row(norm, x, long(heads) * layer.key_dim, x);
-    for (int head = 0; head < heads; head++, x += layer.key_dim) {
-      if (norm.weight && !layer.is_norm_over_heads) norm_row(norm, x, layer.key_dim, x);
+    if (norm.weight && layer.is_norm_over_heads) norm_row(norm, x, long(heads) * layer.pages.key_dim, x);
+    for (int head = 0; head < heads; head++, x += layer.pages.key_dim) {
+      if (norm.weight && !layer.is_norm_over_heads) norm_row(norm, x, layer.pages.key_dim, x);
       turn(x, cos, sin, layer.num_turned, layer.is_interleaved);
     }
   }
@@ -208,22 +228,24 @@ class Run {
     Attention call{};
     call.query = qkv_, call.query_stride = sizes_.qkv;
     call.out = attended_, call.out_stride = sizes_.attended;
-    call.keys = layer.keys, call.values = layer.values;
+    call.pages = layer.pages;
     call.tables = step_.tables[layer.group], call.width = step_.widths[layer.group];
-    call.sinks = layer.sinks, call.num_blocks = layer.num_blocks;
-    call.heads = layer.heads, call.kv_heads = layer.kv_heads;
-    call.key_dim = layer.key_dim, call.value_dim = layer.value_dim;
+    call.sinks = layer.sinks, call.heads = layer.heads;
     call.window = layer.window, call.scale = layer.scale, call.softcap = layer.softcap;
     attend<T>(team_, call, step_.rows);
   }
 
   void finish() {
     long n = model_.hidden;
-    team_.each(step_.num_tokens, row_piece_, [&](long first, long last) {
+    team_.each(num_tokens_, row_piece_, [&](long first, long last) {
       float *wide = wide_row(n);
       for (long t = first; t < last; t++) {
         widen_row(x_ + t * n, n, wide);
-        step_.is_finite[t] = std::isfinite(norm_row(model_.last, wide, n, wide));
+        bool is_finite = std::isfinite(norm_row(model_.last, wide, n, wide));
+        if (step_.wanted)
+          step_.is_finite[step_.wanted[t]] &= is_finite;
+        else
+          step_.is_finite[t] = is_finite;
         narrow_row(wide, n, static_cast<T *>(step_.normed) + t * n);
       }
     });
@@ -243,7 +265,7 @@ class Run {
   Sizes sizes_;
   T *x_, *y_, *h_, *qkv_, *attended_, *up_, *inner_, *packed_;
   int32_t *row_of_;
-  long row_piece_;
+  long row_piece_, num_tokens_;
 };
 
 // Runs `work` in every thread of the pool.
@@ -292,19 +314,17 @@ void pb_linear(
 // Keys and values [kv_heads][tokens][dim] of the rows' tokens go into the pages.
 void pb_write(
     void *pool, const Attention *call, const Rows *rows, const void *keys, const void *values, int64_t num_tokens) {
+  const Pages &pages = call->pages;
   together(*static_cast<Pool *>(pool), [&](Team &team) {
     team.each(rows->num_rows, 1, [&](long row, long) {
       for (int i = 0; i < rows->count[row]; i++) {
         int position = rows->start[row] + i, place = position % BLOCK;
         long block = call->tables[row * call->width + position / BLOCK], token = rows->first[row] + i;
-        for (int head = 0; head < call->kv_heads; head++) {
+        for (int head = 0; head < pages.kv_heads; head++) {
           long at = head * num_tokens + token;
-          write_key(
-              static_cast<T *>(const_cast<void *>(call->keys)), call->num_blocks, head, block, place, call->key_dim,
-              static_cast<const T *>(keys) + at * call->key_dim);
-          write_value(
-              static_cast<T *>(const_cast<void *>(call->values)), call->num_blocks, head, block, place,
-              call->value_dim, static_cast<const T *>(values) + at * call->value_dim);
+          write_head(
+              pages, head, block, place, static_cast<const T *>(keys) + at * pages.key_dim,
+              static_cast<const T *>(values) + at * pages.value_dim);
         }
       }
     });

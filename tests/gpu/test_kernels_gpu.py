@@ -14,7 +14,9 @@ pytest.importorskip("triton")
 from pagebus.kernels import fp8
 from pagebus.kernels.jit import IS_INTERPRETED
 from pagebus.kernels.triton_attention import tile_config, triton_paged_attention
+from pagebus.kernels.triton_few_rows import configs_for, triton_few_rows
 from pagebus.kernels.triton_fp8 import fp8_linear, reference_fp8_linear, triton_quantize
+from pagebus.kernels.triton_gated import reference_gated
 from pagebus.kernels.triton_linear import reference_linear, triton_linear
 from tests.support.kernel_checks import AttentionCase, check_attention, poison_empty
 from tests.support.layer_checks import RopeCase, check_gated, check_norm, check_rope
@@ -161,6 +163,22 @@ def test_fixed_linear(dtype, rows, num_in, num_out) -> None:
     torch.testing.assert_close(out.double(), expected, atol=CLOSE[dtype], rtol=CLOSE[dtype])
     for count in (1, 2, 63, 64, 65):
         assert torch.equal(triton_linear(inputs[:count], weight), out[:count])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 2, 7, 16])
+@pytest.mark.parametrize(("num_in", "num_out"), [(1024, 6144), (3072, 1024), (4096, 1111)])
+def test_products_of_few_rows(dtype, rows, num_in, num_out) -> None:
+    inputs = torch.randn(rows, num_in, device="cuda").to(dtype)
+    weight = (torch.randn(num_out, num_in, device="cuda") / num_in**0.5).to(dtype)
+    expected = reference_linear(inputs, weight)
+    for config in configs_for(rows):
+        out = triton_few_rows(inputs, weight, None, config)
+        torch.testing.assert_close(out.double(), expected, atol=CLOSE[dtype], rtol=CLOSE[dtype])
+        if num_out % 2 == 0:
+            gated = triton_few_rows(inputs, weight, None, config, "silu")
+            wanted = reference_gated(expected, "silu")
+            torch.testing.assert_close(gated.double(), wanted, atol=2 * CLOSE[dtype], rtol=CLOSE[dtype])
 
 
 @pytest.mark.parametrize("rows", [1, 17, 300])

@@ -18,9 +18,21 @@ BOTH = {"kv_cache_dtype": "fp8", "quantization": "fp8"}
 
 def build(path: Path, **options: object) -> ModelRunner:
     settings = ExecutorSettings(
-        **{"dtype": "bfloat16", "device": "cuda", "gpu_memory_utilization": 0.05, **options}
+        **{
+            "dtype": "bfloat16",
+            "device": "cuda",
+            "gpu_memory_utilization": share(),
+            "max_num_seqs": 16,
+            **options,
+        }
     )
     return build_runner(settings, path)
+
+
+def share() -> float:
+    """A twentieth of the device more than is in use."""
+    free, total = torch.cuda.mem_get_info()
+    return min(0.95, (total - free) / total + 0.05)
 
 
 def logits(runner: ModelRunner, prompts: list[list[int]]) -> torch.Tensor:

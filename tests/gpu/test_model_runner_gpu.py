@@ -1,5 +1,6 @@
 """The same greedy tokens as transformers', with pages, attention and sampling on a CUDA device."""
 
+import os
 import random
 from pathlib import Path
 
@@ -7,22 +8,23 @@ import pytest
 
 from pagebus.bus.messages import Sampling
 from pagebus.executor.batch import RowInput
-from pagebus.executor.model_runner import ModelRunner, build_runner
-from pagebus.settings.structs import ExecutorSettings
+from pagebus.executor.loader import load_model
+from pagebus.executor.model_runner import ModelRunner, build_runner, on_device
+from pagebus.settings.structs import Dtype, ExecutorSettings
 from tests.support import reference
 from tests.support.models import FAMILIES, VOCAB_SIZE, make_model
 from tests.support.rows import Blocks, Row, run_rows
 
 pytestmark = pytest.mark.gpu
 NUM_TOKENS = 64
+NUM_BLOCKS = 400
 LENGTHS = (1, 2, 15, 16, 17, 31, 70, 129, 200)
 
 
-def build(path: Path, dtype: str = "float32", max_model_len: int = 0) -> ModelRunner:
-    settings = ExecutorSettings(
-        dtype=dtype, device="cuda", gpu_memory_utilization=0.05, max_model_len=max_model_len
-    )
-    return build_runner(settings, path)
+def build(path: Path, dtype: Dtype = "float32", max_model_len: int = 0) -> ModelRunner:
+    """With pages of a fixed number, so that several of these tests may run on one device at a time."""
+    loaded = load_model(path, dtype=dtype, device="cuda", max_model_len=max_model_len)
+    return on_device(loaded, [NUM_BLOCKS] * len({spec.window for spec in loaded.specs}), max_rows=16)
 
 
 def prompts(seed: int) -> list[list[int]]:
@@ -42,8 +44,31 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, kind: str) -> N
         reference.assert_greedy(model, row.prompt, row.made, NUM_TOKENS)
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_agreement_in_bfloat16(tmp_path: Path, kind: str) -> None:
+    """How many greedy tokens are transformers' in float32: told, also in the file PAGEBUS_GPU_REPORT.
+
+    A row counts up to its first other token, which must have been nearly as good.
+    """
+    path, family = make_model(kind, tmp_path / kind, has_tokenizer=False), FAMILIES[kind]
+    model, runner = reference.load(path), build(path, "bfloat16", family.max_model_len)
+    blocks = Blocks(runner)
+    chosen = [prompt for prompt in prompts(1) if len(prompt) >= family.min_prompt]
+    rows = [Row(prompt, blocks.tables(len(prompt) + 16), 16) for prompt in chosen]
+    run_rows(runner, rows, random.Random(2))
+    worst = sorted(reference.worst_margin(model, row.prompt, row.made) for row in rows)
+    same = sum(one <= 0 for one in worst)
+    margin = worst[len(worst) // 2]
+    told = f"{kind}: {same} of {len(rows)} rows of 16 tokens as in float32, median margin {margin:.3f}"
+    print(told)
+    if report := os.environ.get("PAGEBUS_GPU_REPORT"):
+        with Path(report).open("a", encoding="utf-8") as file:
+            file.write(told + "\n")
+    assert margin < 0.5, worst
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_tokens_are_close(tmp_path: Path, dtype: str) -> None:
+def test_half_precision_tokens_are_close(tmp_path: Path, dtype: Dtype) -> None:
     path = make_model("qwen3", tmp_path / "model", has_tokenizer=False)
     model, runner = reference.load(path), build(path, dtype)
     blocks = Blocks(runner)

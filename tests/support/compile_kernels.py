@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from pagebus.kernels.triton_attention import triton_paged_attention
 from pagebus.kernels.triton_experts import triton_combine, triton_grouped_linear
+from pagebus.kernels.triton_few_rows import configs_for, triton_few_rows
 from pagebus.kernels.triton_filters import triton_limits
 from pagebus.kernels.triton_fp8 import triton_quantize
 from pagebus.kernels.triton_gated import triton_gated
@@ -30,6 +31,7 @@ from pagebus.kernels.triton_norm import triton_add_rms_norm
 from pagebus.kernels.triton_penalties import triton_penalize
 from pagebus.kernels.triton_rope_kv import HeadNorm, triton_rope_kv
 from pagebus.kernels.triton_sampling import triton_sample, triton_scan
+from pagebus.kernels.triton_steps import Layout, StepBuffers, triton_finish, triton_keep, triton_prepare
 
 TARGET = GPUTarget("cuda", 90, 32)
 _TYPES = {
@@ -49,14 +51,16 @@ def compile_launch(self, *args, **kwargs) -> None:
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(self.params):
         value = bound[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + _TYPES[value.dtype]
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            if not parameter.do_not_specialize_on_alignment:
+                attributes[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-            if isinstance(value, int) and value % 16 == 0:
+            if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(self, signature, constants, attributes)
     made = triton.compile(
@@ -153,6 +157,20 @@ def layers() -> None:
     triton_gated(x, "gelu_tanh")
 
 
+def few_rows() -> None:
+    global case
+    bf16 = torch.bfloat16
+    for num_rows in (1, 8):
+        for config in configs_for(num_rows):
+            for num_in, num_out, activation in ((4096, 6144, None), (3072, 1024, None), (1024, 6144, "silu")):
+                case = f"{num_rows} rows, {num_in} to {num_out} {activation or ''} {config.block_n}"
+                inputs, weight = (
+                    torch.empty(num_rows, num_in, dtype=bf16),
+                    torch.empty(num_out, num_in, dtype=bf16),
+                )
+                triton_few_rows(inputs, weight, None, config, activation)
+
+
 def sampling() -> None:
     global case
     rows = 3
@@ -168,9 +186,30 @@ def sampling() -> None:
     )
 
 
+def steps() -> None:
+    """A step's first and last kernels, where every row decodes and where prompts are among them."""
+    global case
+    layout, cpu = Layout(num_slots=16, num_groups=2, width=256, num_rows=8), torch.device("cpu")
+    state, longs = torch.zeros(layout.size, dtype=torch.int64), torch.zeros(9, dtype=torch.int64)
+    for num_tokens, given in ((8, None), (40, torch.zeros(40, dtype=torch.int64))):
+        case = f"step of {num_tokens} tokens"
+        buffers = StepBuffers.make(8, num_tokens, layout, cpu)
+        triton_prepare(state, layout, longs[:8], longs, given, buffers, 16)
+    rows = torch.zeros(8)
+    triton_finish(
+        state, layout, longs[:8], longs, longs[:8], longs[:8], rows, rows, rows.double()[:, None].expand(8, 4)
+    )
+    for dtype in (torch.bfloat16, torch.float32):
+        triton_keep(
+            state, longs[:8], torch.empty(8, 128_256, dtype=dtype), torch.empty(8, 128_256, dtype=dtype)
+        )
+
+
 def main() -> None:
     JITFunction.run = compile_launch
+    steps()
     layers()
+    few_rows()
     sampling()
     all_attention()
     kernels = {
@@ -188,6 +227,10 @@ def main() -> None:
         "_draw",
         "_pick",
         "_limits",
+        "_prepare",
+        "_finish",
+        "_keep",
+        "_few_rows",
     }
     sys.exit(0 if seen >= kernels | {"_penalize"} else f"never launched: {kernels - seen}")
 

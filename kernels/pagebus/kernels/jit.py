@@ -16,6 +16,7 @@ __all__ = [
     "cdiv",
     "compute_type",
     "kernel",
+    "kernel_with",
     "num_multiprocessors",
     "on_compiling",
     "power_of_2",
@@ -66,10 +67,27 @@ class _Missing:
 
 def kernel(function: Callable[..., object]) -> Kernel:
     """Compile a function of Triton's language at its first launch."""
-    if not HAS_TRITON:
-        return _Missing(function.__name__)
-    compiled: Kernel = triton.jit(function)
-    return compiled
+    return kernel_with()(function)
+
+
+def kernel_with(
+    *, counts: tuple[str, ...] = (), loose: tuple[str, ...] = ()
+) -> Callable[[Callable[..., object]], Kernel]:
+    """The same for arguments that change from step to step, which would have a kernel compiled anew.
+
+    Triton compiles apart for numbers that are 1 or multiples of 16 and for pointers to multiples of 16 bytes;
+    not for the numbers named in `counts`, nor for the pointers in `loose`.
+    """
+
+    def of(function: Callable[..., object]) -> Kernel:
+        if not HAS_TRITON:
+            return _Missing(function.__name__)
+        compiled: Kernel = triton.jit(
+            function, do_not_specialize=list(counts), do_not_specialize_on_alignment=list(loose)
+        )
+        return compiled
+
+    return of
 
 
 def on_compiling(tell: Callable[[bool], None]) -> None:

@@ -19,7 +19,15 @@ from typing import no_type_check
 import torch
 
 from pagebus.kernels.fp8 import MOST, peak_strides
-from pagebus.kernels.jit import cdiv, compute_type, kernel, num_multiprocessors, power_of_2, tl
+from pagebus.kernels.jit import (
+    cdiv,
+    compute_type,
+    kernel,
+    kernel_with,
+    num_multiprocessors,
+    power_of_2,
+    tl,
+)
 
 MAX_SEGMENTS = 32
 
@@ -203,7 +211,7 @@ def _store(
     tl.store(out + place[:, None] * V_DIM + values_at, result.to(out.dtype.element_ty), mask=is_stored)
 
 
-@kernel
+@kernel_with(counts=("num_rows", "num_tokens", "table_stride"), loose=("tables", "contexts", "cu_seqlens"))
 @no_type_check
 def _attend(
     q, k_pages, v_pages, out, part_max, part_sum, tables, contexts, cu_seqlens, sinks, k_scale, v_scale,
@@ -335,8 +343,7 @@ def triton_paged_attention(
 ) -> torch.Tensor:  # [tokens, heads, value_dim]
     """Causal attention over pages that hold the batch's own keys; a row's queries are its last positions.
 
-    Nothing here waits for the device, and the grid depends on shapes only. Rows give the same bits in any
-    batch when `segments` and `config` are given and always the same.
+    The grid depends on shapes only. With fixed `segments` and `config` rows give the same bits in any batch.
     """
     num_tokens, num_heads, k_dim = query.shape
     _, kv_heads, page, v_dim = value_pages.shape
@@ -353,7 +360,8 @@ def triton_paged_attention(
     out = torch.empty(num_tokens, num_heads, v_dim, dtype=query.dtype, device=query.device)
     parts, maxima, sums = out, out, out
     if segments > 1:
-        maxima, sums = torch.empty(2, num_tokens, num_heads, segments, device=query.device)
+        maxima = torch.empty(num_tokens, num_heads, segments, device=query.device)
+        sums = torch.empty_like(maxima)
         parts = torch.empty(num_tokens, num_heads, segments, v_dim, device=query.device)
     k_main, k_rest = _dims(k_dim)
     logit_scale = (scale / softcap if softcap else scale) / (1.0 if key_peaks is None else MOST)

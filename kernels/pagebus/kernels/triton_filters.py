@@ -13,7 +13,7 @@ import torch
 
 from pagebus.kernels.jit import kernel, tl
 
-_TILE = 1024
+_TILE = 2048
 
 
 @kernel
@@ -111,7 +111,7 @@ def triton_limits(
     limits = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     _limits[(num_rows,)](
         logits, logits.stride(0), tops, temperatures, least, top_k, top_p, limits,
-        VOCABULARY=vocabulary, TILE=_TILE, num_warps=8,
+        VOCABULARY=vocabulary, TILE=_TILE, num_warps=16,
     )  # fmt: skip
     return limits
 

@@ -58,7 +58,7 @@ def triton_quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`fp8.quantize` of [rows, dim] in one kernel."""
     num_rows, dim = rows.shape
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    stored = torch.zeros(num_rows, dim, dtype=torch.uint8, device=rows.device).view(fp8.DTYPE)
+    stored = torch.empty(num_rows, dim, dtype=torch.uint8, device=rows.device).view(fp8.DTYPE)
     peaks = torch.empty(num_rows, dtype=torch.float32, device=rows.device)
     if num_rows:
         _quantize[(num_rows,)](
@@ -73,6 +73,8 @@ def fp8_linear(
     weight: torch.Tensor,  # [out, in], e4m3
     weight_peaks: torch.Tensor,  # [out], float32
     bias: torch.Tensor | None = None,  # [out]
+    *,
+    scales: torch.Tensor | None = None,  # [1, out]: `product_scales(weight_peaks)`, computed once
 ) -> torch.Tensor:  # [rows, out], in the inputs' type
     """inputs @ weight^T + bias, the inputs quantized a row at a time; on a GPU with its units for e4m3."""
     if inputs.device.type != "cuda":
@@ -82,8 +84,8 @@ def fp8_linear(
     out = torch._scaled_mm(
         stored,
         weight.t(),
-        scale_a=(peaks / fp8.MOST)[:, None],
-        scale_b=(weight_peaks / fp8.MOST)[None, :],
+        scale_a=peaks[:, None],
+        scale_b=product_scales(weight_peaks) if scales is None else scales,
         bias=bias if bias is not None and bias.dtype == torch.bfloat16 else None,
         out_dtype=torch.bfloat16,  # the only one that scales of rows go with
         use_fast_accum=True,
@@ -91,6 +93,11 @@ def fp8_linear(
     if bias is not None and bias.dtype != torch.bfloat16:
         out = out + bias
     return out.to(inputs.dtype)
+
+
+def product_scales(weight_peaks: torch.Tensor) -> torch.Tensor:  # [out] -> [1, out]
+    """What a product of stored numbers is multiplied by, besides its row's peak."""
+    return (weight_peaks / fp8.MOST**2)[None, :]
 
 
 def reference_fp8_linear(

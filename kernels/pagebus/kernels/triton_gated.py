@@ -22,6 +22,14 @@ _GELU_3 = tl.constexpr(0.044715)
 
 @kernel
 @no_type_check
+def activated(gate, IS_SILU: tl.constexpr):  # noqa: ANN201 - called by kernels only
+    """The gate in float32. Both are gate * sigmoid(inner): (1 + tanh(z)) / 2 = sigmoid(2 z)."""
+    inner = gate if IS_SILU else 2 * _GELU_1 * (gate + _GELU_3 * gate * gate * gate)
+    return gate / (1 + tl.exp2(-inner * _LOG2E))
+
+
+@kernel
+@no_type_check
 def _gated(
     gate_up, out, stride,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, IS_SILU: tl.constexpr,
@@ -30,10 +38,8 @@ def _gated(
     is_there = at < WIDTH
     gate = tl.load(gate_up + row * stride + at, mask=is_there, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + WIDTH + at, mask=is_there, other=0.0).to(tl.float32)
-    # Both are gate * sigmoid(inner): (1 + tanh(z)) / 2 = sigmoid(2 z).
-    inner = gate if IS_SILU else 2 * _GELU_1 * (gate + _GELU_3 * gate * gate * gate)
-    activated = gate / (1 + tl.exp2(-inner * _LOG2E))
-    tl.store(out + row * WIDTH + at, (activated * up).to(out.dtype.element_ty), mask=is_there)
+    gated = activated(gate, IS_SILU) * up
+    tl.store(out + row * WIDTH + at, gated.to(out.dtype.element_ty), mask=is_there)
 
 
 def triton_gated(

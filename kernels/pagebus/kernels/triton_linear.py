@@ -15,13 +15,13 @@ from typing import no_type_check
 import torch
 
 from pagebus.kernels.fp8 import MOST
-from pagebus.kernels.jit import cdiv, compute_type, kernel, tl
+from pagebus.kernels.jit import cdiv, compute_type, kernel_with, tl
 
 _PROCESSORS = 132  # of a Hopper GPU
 _GROUP_M = 8  # tiles of rows that share a tile of weights while it is in the second cache
 
 
-@kernel
+@kernel_with(counts=("num_rows",))
 @no_type_check
 def _linear(
     inputs, weight, bias, in_peaks, weight_peaks, out, num_rows, scale,

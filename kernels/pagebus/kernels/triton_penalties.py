@@ -14,12 +14,12 @@ from typing import no_type_check
 
 import torch
 
-from pagebus.kernels.jit import kernel, tl
+from pagebus.kernels.jit import kernel_with, tl
 
 _BLOCK = 256
 
 
-@kernel
+@kernel_with(loose=("repetitions", "frequencies", "presences"))
 @no_type_check
 def _penalize(
     logits, stride, offsets, ids, biases, counts, is_seen, repetitions, frequencies, presences,

@@ -16,7 +16,7 @@ from typing import no_type_check
 import torch
 
 from pagebus.kernels.fp8 import MOST, peak_strides
-from pagebus.kernels.jit import cdiv, kernel, power_of_2, tl
+from pagebus.kernels.jit import cdiv, kernel, kernel_with, power_of_2, tl
 from pagebus.kernels.triton_fp8 import on_e4m3_grid
 from pagebus.kernels.triton_norm import reference_rms_norm
 
@@ -85,7 +85,7 @@ def _quantized(values, scale, peaks, peaks_at, is_head, IS_FP8: tl.constexpr, MO
     return values
 
 
-@kernel
+@kernel_with(loose=("positions", "slots"))
 @no_type_check
 def _rope_kv(
     qkv, q_out, k_pages, v_pages, positions, slots, cos, sin, q_weight, k_weight, k_scale, v_scale,

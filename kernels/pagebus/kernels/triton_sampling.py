@@ -182,9 +182,11 @@ def triton_scan(logits: torch.Tensor) -> Scanned:
     """One pass over logits [rows, vocabulary], any float type, any row stride."""
     num_rows, vocabulary = logits.shape
     tiles, device = cdiv(vocabulary, TILE), logits.device
-    tile_tops, tile_sums = torch.empty(2, num_rows, tiles, device=device)
+    tile_tops = torch.empty(num_rows, tiles, device=device)
+    tile_sums = torch.empty_like(tile_tops)
     tile_ids = torch.empty(num_rows, tiles, dtype=torch.int32, device=device)
-    tops, log_sums = torch.empty(2, num_rows, device=device)
+    tops = torch.empty(num_rows, device=device)
+    log_sums = torch.empty_like(tops)
     ids = torch.empty(num_rows, dtype=torch.int64, device=device)
     shape = {"VOCABULARY": vocabulary, "TILES": tiles, "TILE": TILE}
     _scan[(num_rows, tiles)](logits, logits.stride(0), tile_tops, tile_ids, tile_sums, **shape, num_warps=8)

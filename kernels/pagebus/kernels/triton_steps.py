@@ -18,7 +18,7 @@ from typing import no_type_check
 
 import torch
 
-from pagebus.kernels.jit import cdiv, kernel, tl
+from pagebus.kernels.jit import cdiv, kernel, kernel_with, tl
 
 LAST_ID, POSITION, INDEX, PREFIX, TOP_K, KEEPS, TEMPERATURE, LEAST, TOP_P = range(9)
 FIELDS = 9
@@ -122,7 +122,9 @@ def _as_float32(word):
     return word.to(tl.int32).to(tl.float32, bitcast=True)
 
 
-@kernel
+@kernel_with(
+    counts=("group_stride", "table_stride"), loose=("state_tables", "order", "cu_seqlens", "given_ids")
+)
 @no_type_check
 def _prepare(
     state, state_tables, order, cu_seqlens, given_ids,
@@ -173,7 +175,7 @@ def _prepare(
         tl.store(tables + group * table_stride + row * WIDTH + at, entries.to(tl.int32), mask=at < needed)
 
 
-@kernel
+@kernel_with(loose=("order", "cu_seqlens", "is_sampled"))
 @no_type_check
 def _finish(
     state, order, cu_seqlens, is_sampled, ids, tops, sums, results, SLOTS: tl.constexpr, RESULTS: tl.constexpr
@@ -195,7 +197,7 @@ def _finish(
     tl.store(out + 3, top)
 
 
-@kernel
+@kernel_with(loose=("order",))
 @no_type_check
 def _keep(state, order, logits, kept, stride, kept_stride, WIDTH: tl.constexpr, TILE: tl.constexpr):
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)

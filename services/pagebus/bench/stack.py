@@ -9,6 +9,7 @@ from pathlib import Path
 from pagebus.bench.delay import slow_path
 from pagebus.bus.nats_bus import NatsBus
 from pagebus.cli.launcher import service_environment
+from pagebus.cli.lifeline import LAUNCHER_VARIABLE
 from pagebus.cli.nats_server import EmbeddedNats
 from pagebus.cli.processes import service_command
 from pagebus.requester.client import Requester
@@ -49,6 +50,7 @@ async def stack(
         with log.open("ab") as out:
             for role in ("executor", "scheduler"):
                 environment = service_environment(role, 1, settings, find_url(role)) | dict(more or {})
+                environment[LAUNCHER_VARIABLE] = str(os.getpid())  # their priorities are the launcher's
                 processes.append(
                     await asyncio.create_subprocess_exec(
                         *service_command(role), env=environment, stdout=out, stderr=out

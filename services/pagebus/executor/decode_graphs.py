@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable
 
 from pagebus.executor.device import Device, Work
+from pagebus.executor.progress import Progress
 
 _log = logging.getLogger(__name__)
 
 _SMALL = (1, 2, 4)
 _STEP, _WIDE_STEP, _WIDE = 8, 32, 256
-_PROGRESS_INTERVAL_S = 5.0
 
 
 def ladder(most: int) -> list[int]:
@@ -62,23 +62,20 @@ class DecodeGraphs:
 
         A model with work that no graph can hold (it waits for the device to know what to do) stays as it is.
         """
-        began_s = told_s = time.monotonic()
+        began_s = time.monotonic()
         captured = dict[int, Work]()
-        for size in reversed(self._sizes):
+        for size in Progress(self._sizes[::-1], "capturing CUDA graphs"):
             work = self._works[size]
             self._device.warm_up(work)
             self._beat()
             try:
                 captured[size] = self._device.capture(work)
             except RuntimeError as error:
-                reason = str(error).splitlines()[0]
+                cause = error.__context__ or error  # the end of a broken capture raises once more
+                reason = (str(cause).splitlines() or [type(cause).__name__])[0]
                 _log.warning("decoding runs without CUDA graphs, and slowly: %s", reason)
                 return
             self._beat()
-            now_s = time.monotonic()
-            if now_s - told_s > _PROGRESS_INTERVAL_S:
-                told_s = now_s
-                _log.info("capturing CUDA graphs: %d of %d sizes", len(captured), len(self._sizes))
         self._works = captured
         self.num_captured = len(captured)
         _log.info(

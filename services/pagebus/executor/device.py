@@ -5,6 +5,7 @@ as strictly: what is fetched is there only once a later mark was waited for, and
 but the tensors that it was captured with.
 """
 
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -13,6 +14,8 @@ import numpy.typing as npt
 import torch
 
 Work = Callable[[], None]
+
+_NUM_TIMED = 5
 
 
 class Mark(Protocol):
@@ -43,6 +46,9 @@ class Device(Protocol):
 
     def warm_up(self, work: Work) -> None:
         """Run `work` as `capture` will, and wait for it."""
+
+    def time_s(self, work: Work) -> float:
+        """Seconds that the device takes for `work` alone, captured: the best of a few runs."""
 
 
 class _HostMark:
@@ -91,6 +97,13 @@ class HostDevice:
         """Run it."""
         work()
 
+    def time_s(self, work: Work) -> float:
+        """By the clock."""
+        work()
+        began_s = time.perf_counter()
+        work()
+        return time.perf_counter() - began_s
+
 
 class _CudaMark:
     def __init__(self) -> None:
@@ -128,12 +141,21 @@ class CudaDevice:
 
     def capture(self, work: Work) -> Work:
         """A CUDA graph; all share one pool of memory, as they never run at the same time."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._capturing, capture_error_mode="thread_local"
-        ):
-            work()
-        return graph.replay
+        return self._graph_of(work, is_shared=True).replay
+
+    def _graph_of(self, work: Work, *, is_shared: bool) -> torch.cuda.CUDAGraph:
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        pool = self._pool if is_shared else None
+        try:
+            with torch.cuda.graph(
+                graph, pool=pool, stream=self._capturing, capture_error_mode="thread_local"
+            ):
+                work()
+        except BaseException:
+            # torch leaves its own stream current where a capture was broken.
+            torch.cuda.set_stream(before)
+            raise
+        return graph
 
     def warm_up(self, work: Work) -> None:
         """On the stream that captures: libraries keep workspaces for each stream."""
@@ -142,3 +164,19 @@ class CudaDevice:
             work()
         torch.cuda.current_stream(self._device).wait_stream(self._capturing)
         torch.cuda.synchronize(self._device)
+
+    def time_s(self, work: Work) -> float:
+        """By events around replays of a graph with a pool of its own, which goes with it."""
+        self.warm_up(work)
+        graph = self._graph_of(work, is_shared=False)
+        graph.replay()
+        taken_ms = []
+        for _ in range(_NUM_TIMED):
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            began.record()
+            graph.replay()
+            ended.record()
+            ended.synchronize()
+            taken_ms.append(float(began.elapsed_time(ended)))
+        graph.reset()
+        return min(taken_ms) / 1e3

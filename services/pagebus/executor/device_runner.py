@@ -33,6 +33,7 @@ from pagebus.executor.device_sampling import (
 )
 from pagebus.executor.device_state import DeviceState
 from pagebus.executor.errors import BrokenModelError, ModelError
+from pagebus.executor.gpu_few_rows import tune
 from pagebus.executor.loader import LoadedModel
 from pagebus.executor.model_runner import ModelRunner, _Batch
 from pagebus.executor.triton_cache import GroupStep, TritonCache
@@ -103,11 +104,15 @@ class DeviceRunner(ModelRunner):
             device, lambda size: partial(self._decode, size), max_rows, beat=self.pulse.beat
         )
         with torch.inference_mode():
-            self._decode(1)  # what is made once: rotary tables, the size of logits
-            if not is_eager:
-                self.pulse.begin()
-                self._graphs.capture()
-                self.pulse.end()
+            if is_eager:
+                self._decode(1)  # what is made once: rotary tables, the size of logits
+                return
+            self.pulse.begin()
+            if not loaded.is_batch_invariant:
+                tune(loaded.model, device, self.pulse.beat)
+            self._decode(1)
+            self._graphs.capture()
+            self.pulse.end()
 
     @property
     def num_graphs(self) -> int:
@@ -338,7 +343,8 @@ class DeviceRunner(ModelRunner):
     ) -> None:
         """The slow way, from the hidden states that were kept."""
         self._hidden = launched.hidden
-        batch = _Batch(rows=[], ids=inputs.ids[None], positions=inputs.positions[None], last=[], spans=[])
+        ids, positions = inputs.ids[None], inputs.positions[None]
+        batch = _Batch(rows=[], ids=ids, positions=positions, last=[], spans=[], is_kept=True)
         try:
             self._tell_prompt(row, batch, launched.firsts[n], output)
         finally:

@@ -136,11 +136,11 @@ class FusedGated(nn.Module):
 
     def __init__(self, wide: nn.Module, down: nn.Module, activation: Activation) -> None:
         super().__init__()
-        self.wide, self.down, self._activation = wide, down, activation
+        self.wide, self.down, self.activation = wide, down, activation
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         wide = self.wide(hidden_states)
-        gated = triton_gated(wide.reshape(-1, wide.shape[-1]), self._activation)
+        gated = triton_gated(wide.reshape(-1, wide.shape[-1]), self.activation)
         down: torch.Tensor = self.down(gated.view(*wide.shape[:-1], gated.shape[-1]))
         return down
 

@@ -10,7 +10,7 @@ from torch import nn
 from pagebus.executor.experts import SteadyRouter, router_weights
 from pagebus.executor.latent import HeadLinears
 from pagebus.kernels import fp8
-from pagebus.kernels.triton_fp8 import MULTIPLE, fp8_linear, triton_quantize
+from pagebus.kernels.triton_fp8 import MULTIPLE, fp8_linear, product_scales, triton_quantize
 from pagebus.kernels.triton_linear import triton_linear
 
 
@@ -51,6 +51,7 @@ class Fp8Linear(nn.Module):
         stored, peaks = fp8.quantize(weight.detach())
         self.stored = nn.Parameter(stored, requires_grad=False)
         self.peaks = nn.Parameter(peaks, requires_grad=False)
+        self.scales = nn.Parameter(product_scales(peaks), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         # Models ask their weights for the data type; this one has the type and no memory.
         self.weight = weight.detach().new_empty(0)
@@ -62,7 +63,7 @@ class Fp8Linear(nn.Module):
             stored, peaks = triton_quantize(rows)
             out = triton_linear(stored, self.stored, self.bias, peaks=(peaks, self.peaks), dtype=inputs.dtype)
         else:
-            out = fp8_linear(rows, self.stored, self.peaks, self.bias)
+            out = fp8_linear(rows, self.stored, self.peaks, self.bias, scales=self.scales)
         return out.view(*inputs.shape[:-1], self.out_features)
 
 

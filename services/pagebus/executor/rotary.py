@@ -26,11 +26,13 @@ class RotaryTable(nn.Module):
         self, hidden: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
     ) -> torch.Tensor | Factors:
         # position_ids: [1, tokens]
-        # On a GPU all at once: asking for the largest position would wait for the device in every step.
-        length = self._max_model_len if hidden.is_cuda else int(position_ids.max()) + 1
-        is_tuple, table = self._table(hidden, layer_type, length)
+        is_tuple, table = self._table(hidden, layer_type, self._length(hidden, position_ids))
         found = tuple(part.index_select(1, position_ids[0]) for part in table)
         return found if is_tuple else found[0]
+
+    def _length(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> int:
+        """On a GPU all at once: asking for the largest position would wait for the device in every step."""
+        return self._max_model_len if hidden.is_cuda else int(position_ids.max()) + 1
 
     def factors(self, hidden: torch.Tensor, layer_type: str | None, length: int) -> Factors:
         """The factors of the first `length` positions or more, [1, positions, ...] each, in hidden's type."""

@@ -1,221 +1,312 @@
-"""pagebus beside other OpenAI-compatible servers, on one checkpoint, with one load, interleaved.
+"""pagebus beside other servers and engines, on one checkpoint, with one load, interleaved.
 
 ```
 python -m tests.bench.compare_peers make smollm2-135m /tmp/smollm2        # a checkpoint with random weights
-python -m tests.bench.compare_peers run /tmp/smollm2 --peer vllm=http://127.0.0.1:8100 --streams 1 8 16
+python -m tests.bench.compare_peers run /tmp/smollm2 --peer vllm=http://127.0.0.1:8100 --peer-pid vllm=$PID \\
+    --command 'openvino=VENV/bin/python tests/bench/peer_openvino.py IR_DIR' --streams 1 8 16 \\
+    --prefill 1000 --trace azure_llm_2023_conv.csv --out tests/bench/results/peers-smollm2.json
+python -m tests.bench.compare_peers table tests/bench/results/peers-*.json --readme README.md
 ```
 
-`run` starts `pagebus serve` on the checkpoint; peers run already, on the same one. Tokens come first: what a
-server makes is read by transformers, teacher-forced, before its speed counts for anything. Then each round
-measures pagebus, every peer, and pagebus again. Figures are medians over rounds, ratios of what lay side by
-side. One results file, rewritten after every round.
+`run` starts `pagebus serve` on the checkpoint; servers named by `--peer` run already, on the same one; a
+`--command` is started for each of its runs (`peer_servers.py` says what it reads and prints).
+
+1. Tokens come first: what each makes is read by transformers, teacher-forced, before its speed counts.
+2. Everybody warms up until two runs agree. Meanwhile nothing is stopped, and what a server burns while
+   another one runs is noted (`idle_cores`): one that waits by spinning slows its neighbours.
+3. Then each round measures for every row pagebus, each peer, and pagebus again; every run has prompts of its
+   own, and a run that found one in a prefix cache is an error. While one is measured, the processes of all
+   others whose process id is known (`--peer-pid`; ours always) are stopped by SIGSTOP, and nothing that idles
+   costs the one that works. `--no-stop` leaves them running.
+
+Figures are medians over runs, ratios are of what lay side by side, one a round. The results file is rewritten
+after every row.
 """
 
 import argparse
 import json
 import os
 import platform
-import statistics
+import re
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
-import torch
 
-from pagebus.bench.gpu_shapes import CONFIGS, write_config
 from pagebus.bench.load import LoadConfig, LoadError, Wanted
 from pagebus.bench.load_figures import LoadFigures, Slo, figures
-from pagebus.bench.serve import measure
-from tests.bench.peer_tokens import TokenCheck, check_tokens
+from pagebus.bench.paper_trace import TraceError
+from pagebus.bench.serve import ServeRequest, plan
+from tests.bench.peer_checkpoint import SHAPES, make
+from tests.bench.peer_results import (
+    OURS,
+    STATIC,
+    Results,
+    Run,
+    ServerFacts,
+    in_readme,
+    markdown_table,
+    measured_how,
+    text_table,
+)
+from tests.bench.peer_servers import CommandPeer, HttpPeer, Peer
+from tests.bench.peer_tokens import check_tokens
+from tests.bench.peer_turns import Turns
 from tests.support.serve import serving
 
-OURS = "pagebus"
-_SMOLLM2 = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 100000,
-    "tie_word_embeddings": True,
-    "dtype": "bfloat16",
-}
 _LEAST_REQUESTS = 3
+_WARMED_UP_WITHIN = 0.1
+_MOST_WARMUPS = 5
 
 
-class Cell(msgspec.Struct, kw_only=True):
-    """One server with so many streams: what each run measured, in the order of the runs."""
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table: a load, and how many requests of it are under way."""
 
-    server: str
+    name: str
     num_streams: int
-    output_tokens_per_s: list[float] = []
-    tpot_ms: list[float] = []
-    ttft_ms: list[float] = []
-
-    def add(self, found: LoadFigures) -> None:
-        """Note one run. Raises `LoadError` where a request failed: such a run measures nothing."""
-        if found.num_completed < found.num_requests or found.ttft_ms is None or found.tpot_ms is None:
-            raise LoadError(f"{self.server}: {found.num_completed} of {found.num_requests}: {found.errors}")
-        self.output_tokens_per_s.append(found.output_tokens_per_s)
-        self.tpot_ms.append(found.tpot_ms.p50)
-        self.ttft_ms.append(found.ttft_ms.p50)
+    wanted: list[Wanted]
+    is_prefill: bool = False
+    is_static_too: bool = False  # the second server is ourselves, with static batches
 
 
-class Results(msgspec.Struct, kw_only=True):
-    """All that one comparison found. `ratios`: pagebus over the peer, by "peer/streams", one a round."""
-
-    machine: dict[str, str]
-    model: dict[str, object]
-    num_input: int
-    num_output: int
-    ready_after_s: float
-    tokens: dict[str, TokenCheck]
-    cells: list[Cell]
-    ratios: dict[str, list[float]]
-    load_averages: list[float]
-
-
-def make(shape: str, folder: Path, seed: int = 0) -> Path:
-    """A checkpoint of a well-known shape: random weights, sharp enough that tokens can be told apart."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from tests.support.models import sharpen
-
-    folder.mkdir(parents=True, exist_ok=True)
-    if shape == "smollm2-135m":
-        (folder / "config.json").write_text(json.dumps(_SMOLLM2), encoding="utf-8")
-        source = folder
-    else:
-        source = write_config(shape, folder)
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.bfloat16)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            sharpen(name, weight)
-    model.generation_config.eos_token_id = None
-    model.save_pretrained(folder)
-    _write_tokenizer(folder, int(model.config.vocab_size))
-    return folder
+def rows(options: argparse.Namespace) -> list[Row]:
+    """What is asked for on the command line. Raises `TraceError`."""
+    found = []
+    for num in options.streams:
+        wanted = [Wanted(0.0, options.input_len, options.output_len)]
+        found.append(
+            Row(
+                name=f"{num} stream{'s' * (num > 1)}",
+                num_streams=num,
+                wanted=wanted * max(_LEAST_REQUESTS, options.waves * num),
+            )
+        )
+    if options.prefill:
+        wanted = [Wanted(0.0, options.prefill, 1)] * options.num_prefills
+        name = f"prefill of {options.prefill:,}"
+        found.append(Row(name=name, num_streams=1, wanted=wanted, is_prefill=True))
+    if options.trace is not None:
+        wanted = saturated(options.trace, options.num_traced, options.length_scale, options.most_tokens)
+        name = f"trace, batch {options.batch}"
+        found.append(Row(name=name, num_streams=options.batch, wanted=wanted, is_static_too=True))
+    return found
 
 
-def _write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Every id is a word of its own: a server sends text for each token, which so can be timed."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [*letters, *(f"Ġw{number}" for number in range(vocab_size - len(letters)))]
-    tokenizer = Tokenizer(models.BPE(vocab={word: at for at, word in enumerate(words)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+def saturated(trace: Path, num_requests: int, length_scale: float, most_tokens: int) -> list[Wanted]:
+    """The first requests of a trace, lengths scaled, all there at once; too long ones are left out."""
+    request = ServeRequest(
+        load=LoadConfig(url=""), num_requests=num_requests, trace=trace, length_scale=length_scale
+    )
+    return [
+        Wanted(0.0, one.num_prompt, one.num_output)
+        for one in plan(request)
+        if one.num_prompt + one.num_output <= most_tokens
+    ]
 
 
 def machine() -> dict[str, str]:
     """What the figures depend on, without naming the machine."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        if line.startswith("model name")
-    ]
+    facts = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    names = re.findall(r"model name\s*: (.*)", facts)
+    kinds = [kind for kind in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {kind}" in facts]
+    kib = re.findall(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text(encoding="utf-8"))
     packages = {name: version(name) for name in ("torch", "transformers")}
-    return {"cpu": names[0] if names else "", "num_cores": str(os.cpu_count()),
-            "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), **packages}  # fmt: skip
+    return {
+        "cpu": names[0] if names else "", "num_cores": str(os.cpu_count()), "instructions": " ".join(kinds),
+        "memory_gib": f"{int(kib[0]) / 2**20:.0f}", "kernel": platform.release(),
+        "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), **packages,
+    }  # fmt: skip
 
 
-def compare(options: argparse.Namespace, ours_url: str, ready_after_s: float) -> Results:
-    """Tokens, then rounds. Raises `LoadError`."""
-    servers = {OURS: ours_url, **dict(peer.split("=", 1) for peer in options.peer)}
-    config = json.loads((options.model / "config.json").read_text(encoding="utf-8"))
-    results = Results(
-        machine=machine(), model=config, num_input=options.input_len, num_output=options.output_len,
-        ready_after_s=ready_after_s, tokens=check_tokens(options.model, servers), cells=[], ratios={},
-        load_averages=[],
-    )  # fmt: skip
-    cells = {(name, num): Cell(server=name, num_streams=num) for num in options.streams for name in servers}
-    results.cells = list(cells.values())
-    order = [OURS, *(name for name in servers if name != OURS)]
-    for at in range(options.rounds):
-        for num_streams in options.streams:
-            rates = {name: _run(servers[name], cells[name, num_streams], options, seed=at) for name in order}
-            if len(order) > 1:
-                again = _run(servers[OURS], cells[OURS, num_streams], options, seed=at)
-                ours = (rates[OURS] + again) / 2
-                for name in order[1:]:
-                    results.ratios.setdefault(f"{name}/{num_streams}", []).append(ours / rates[name])
-            results.load_averages.append(os.getloadavg()[0])
-        if options.out is not None:
-            options.out.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=2) + b"\n")
-        print(f"round {at + 1} of {options.rounds}\n{table(results)}\n", flush=True)
-    return results
+class Comparison:
+    """One `run`: the peers, whose turn it is, and what was found."""
+
+    def __init__(self, options: argparse.Namespace, peers: Sequence[Peer], turns: Turns) -> None:
+        self._options = options
+        self._peers = {peer.name: peer for peer in peers}
+        self._turns = turns
+        self._rows = rows(options)
+        self._next_seed = options.seed
+        self.results = Results(
+            name=options.name or options.model.resolve().name,
+            machine=machine(),
+            model=json.loads((options.model / "config.json").read_text(encoding="utf-8")),
+            load={
+                "input_len": str(options.input_len), "output_len": str(options.output_len),
+                "waves": str(options.waves), "rounds": str(options.rounds), "seed": str(options.seed),
+                "trace_length_scale": f"{options.length_scale:g}", "serve": " ".join(options.serve),
+            },
+            servers={peer.name: ServerFacts() for peer in peers},
+        )  # fmt: skip
+
+    def run(self) -> None:
+        """Tokens, warm-up, rounds. Raises `LoadError`."""
+        checks = check_tokens(self._options.model, self._peers)
+        for name, check in checks.items():
+            self.results.servers[name].tokens = check
+        self._warm_up()
+        for name, peer in self._peers.items():
+            facts = self.results.servers[name]
+            facts.version = peer.version()
+            facts.how = "(in process, no HTTP)" if isinstance(peer, CommandPeer) else ""
+            facts.idle_cores = [round(one, 3) for one in self._turns.idle_cores.get(name, [])]
+            facts.is_stopped_meanwhile = not self._options.no_stop and name in self._turns.idle_cores
+        for at_round in range(self._options.rounds):
+            for row in self._rows:
+                self._measure(row, at_round)
+                self._save()
+            print(f"round {at_round + 1} of {self._options.rounds}\n{text_table(self.results)}\n", flush=True)
+
+    def _warm_up(self) -> None:
+        """Until two runs in a row agree, such as when kernels are still being compiled."""
+        num = max(row.num_streams for row in self._rows)
+        wanted = [Wanted(0.0, self._options.input_len, self._options.output_len)] * num
+        for name, peer in self._peers.items():
+            if isinstance(peer, CommandPeer):
+                continue  # it warms up in each of its runs
+            last = 0.0
+            for _ in range(_MOST_WARMUPS):
+                with self._turns.watching(name):
+                    found = figures(peer.load(wanted, num, self._seed()), Slo())
+                print(f"warm-up of {name}: {found.output_tokens_per_s:.1f} tok/s", flush=True)
+                if abs(found.output_tokens_per_s - last) < _WARMED_UP_WITHIN * last:
+                    break
+                last = found.output_tokens_per_s
+
+    def _measure(self, row: Row, at_round: int) -> None:
+        """Ours, each other one, ours again."""
+        if row.is_static_too:
+            order = [(OURS, 0), (STATIC, row.num_streams), (OURS, 0)]
+        else:
+            others = [(name, 0) for name in self._peers if name != OURS]
+            order = [(OURS, 0), *others, *([(OURS, 0)] if others else [])]
+        for name, batch in order:
+            peer = self._peers[OURS if batch else name]
+            with self._turns.watching(peer.name) if self._options.no_stop else self._turns.alone(peer.name):
+                before = os.getloadavg()[0]
+                outcomes = peer.load(row.wanted, row.num_streams, self._seed(), batch)
+            self.results.add(_as_run(row, name, at_round, figures(outcomes, Slo()), before))
+
+    def _seed(self) -> int:
+        self._next_seed += 1
+        return int(self._next_seed)
+
+    def _save(self) -> None:
+        if self._options.out is not None:
+            encoded = msgspec.json.format(msgspec.json.encode(self.results), indent=2)
+            self._options.out.write_bytes(encoded + b"\n")
 
 
-def _run(url: str, cell: Cell, options: argparse.Namespace, seed: int) -> float:
-    num_requests = max(_LEAST_REQUESTS, 2 * cell.num_streams)
-    load = LoadConfig(url=url, max_concurrency=cell.num_streams, seed=seed)
-    wanted = [Wanted(0.0, options.input_len, options.output_len)] * num_requests
-    cell.add(figures(measure(load, wanted), Slo()))
-    return cell.output_tokens_per_s[-1]
+def _as_run(row: Row, server: str, at_round: int, found: LoadFigures, load_average: float) -> Run:
+    """Raises `LoadError` where a request failed or was served from a cache: such a run measures nothing."""
+    if found.num_completed < found.num_requests or found.ttft_ms is None:
+        raise LoadError(f"{server}: {found.num_completed} of {found.num_requests}: {found.errors}")
+    if found.num_cached_tokens:
+        raise LoadError(f"{server}: {found.num_cached_tokens} prompt tokens came from a prefix cache")
+    tokens_per_s = found.output_tokens_per_s
+    if row.is_prefill:
+        tokens_per_s = row.wanted[0].num_prompt / found.ttft_ms.p50 * 1e3
+    return Run(
+        row=row.name,
+        server=server,
+        at_round=at_round,
+        num_requests=found.num_requests,
+        duration_s=found.duration_s,
+        tokens_per_s=tokens_per_s,
+        ttft_ms=found.ttft_ms.p50,
+        tpot_ms=found.tpot_ms.p50 if found.tpot_ms is not None else None,
+        load_average=load_average,
+        tokens=found.num_output_tokens,
+    )
 
 
-def table(results: Results) -> str:
-    """Medians so far, a line for each server and number of streams."""
-    lines = ["server     streams    tok/s  ms a token  ms to first  pagebus is"]
-    for cell in results.cells:
-        if not cell.output_tokens_per_s:
-            continue
-        ratios = results.ratios.get(f"{cell.server}/{cell.num_streams}")
-        ratio = f"{statistics.median(ratios):.2f} x" if ratios else ""
-        middle = [statistics.median(each) for each in (cell.output_tokens_per_s, cell.tpot_ms, cell.ttft_ms)]
-        lines.append(
-            f"{cell.server:10s} {cell.num_streams:7d} {middle[0]:8.1f} {middle[1]:11.1f} {middle[2]:12.1f}"
-            f"  {ratio}"
-        )
-    for name, check in results.tokens.items():
-        lines.append(f"{name}: {check.words()}")
-    return "\n".join(lines)
+def _run(options: argparse.Namespace) -> int:
+    urls, pids, commands = (
+        dict(one.split("=", 1) for one in given)
+        for given in (options.peer, options.peer_pid, options.command_peer)
+    )
+    if unknown := set(pids) - set(urls):
+        raise LoadError(f"--peer-pid names {', '.join(sorted(unknown))}, which no --peer does")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving(Path(folder), str(options.model.resolve()), *options.serve) as serve,
+    ):
+        peers: list[Peer] = [HttpPeer(OURS, serve.url)]
+        peers += [HttpPeer(name, url) for name, url in urls.items()]
+        peers += [CommandPeer(name, command) for name, command in commands.items()]
+        known = {name: int(pid) for name, pid in pids.items()}
+        turns = Turns({OURS: serve.process.pid, **known})
+        try:
+            comparison = Comparison(options, peers, turns)
+            comparison.results.servers[OURS].ready_after_s = round(serve.seconds_to_ready, 2)
+            comparison.run()
+        finally:
+            turns.end()
+    checks = [facts.tokens for facts in comparison.results.servers.values()]
+    return 0 if all(check is not None and check.is_right for check in checks) else 1
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """See the module's words."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.compare_peers", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("make", help="write a checkpoint with random weights")
-    making.add_argument("shape", choices=["smollm2-135m", *CONFIGS])
+    making.add_argument("shape", choices=SHAPES)
     making.add_argument("folder", type=Path)
     running = commands.add_parser("run", help="compare")
-    running.add_argument("model", type=Path, help="the checkpoint that all servers serve")
-    running.add_argument("--peer", action="append", default=[], metavar="NAME=URL")
-    running.add_argument("--streams", type=int, nargs="+", default=[1, 8, 16])
-    running.add_argument("--input-len", type=int, default=128)
-    running.add_argument("--output-len", type=int, default=64)
-    running.add_argument("--rounds", type=int, default=3)
-    running.add_argument("--out", type=Path, help="results file, e.g. in tests/bench/results")
-    running.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="more flags of pagebus serve")
-    options = parser.parse_args(arguments)
+    add = running.add_argument
+    add("model", type=Path, help="the checkpoint that all servers serve")
+    add("--name", default="", help="of the model in tables (default: the folder's)")
+    add("--peer", action="append", default=[], metavar="NAME=URL")
+    add("--peer-pid", action="append", default=[], metavar="NAME=PID", help="first process of that peer")
+    add("--command", dest="command_peer", action="append", default=[], metavar="NAME=COMMAND")
+    add("--no-stop", action="store_true", help="let the others idle while one is measured")
+    add("--streams", type=int, nargs="*", default=[1, 8, 16])
+    add("--input-len", type=int, default=128)
+    add("--output-len", type=int, default=64)
+    add("--waves", type=int, default=2, help="requests a stream (default: %(default)s)")
+    add("--prefill", type=int, default=0, metavar="N", help="also: prompts of N tokens, one at a time")
+    add("--num-prefills", type=int, default=5, metavar="N")
+    add("--trace", type=Path, help="also: static against continuous batching with a trace's lengths")
+    add("--num-traced", type=int, default=160, metavar="N", help="requests of it (default: %(default)s)")
+    add("--length-scale", type=float, default=0.125, help="of its lengths (default: %(default)s)")
+    add("--most-tokens", type=int, default=1024, metavar="N", help="longer ones are left out")
+    add("--batch", type=int, default=16)
+    add("--rounds", type=int, default=3)
+    add("--seed", type=int, default=int(time.time()), help="of the prompts; new ones in each comparison")
+    add("--out", type=Path, help="results file, e.g. in tests/bench/results")
+    add("--serve", nargs=argparse.REMAINDER, default=[], help="more flags of pagebus serve")
+    showing = commands.add_parser("table", help="results as a table in Markdown")
+    showing.add_argument("files", type=Path, nargs="+")
+    showing.add_argument("--readme", type=Path, help="put it there, between its marks")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """See the module's words."""
+    options = _parser().parse_args(arguments)
     if options.command == "make":
         print(make(options.shape, options.folder))
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        name = options.model.resolve()
-        with serving(Path(folder), str(name), *options.serve) as serve:
-            try:
-                results = compare(options, serve.url, serve.seconds_to_ready)
-            except LoadError as error:
-                print(error, file=sys.stderr)
-                return 1
-    return 0 if all(check.is_right for check in results.tokens.values()) else 1
+    if options.command == "table":
+        decoded = [msgspec.json.decode(file.read_bytes(), type=Results) for file in options.files]
+        print(f"{markdown_table(decoded)}\n\n{measured_how(decoded)}")
+        if options.readme is not None:
+            options.readme.write_text(in_readme(options.readme.read_text("utf-8"), decoded), "utf-8")
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing stays stopped
+    try:
+        return _run(options)
+    except (LoadError, TraceError) as error:
+        print(error, file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

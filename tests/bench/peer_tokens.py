@@ -1,12 +1,13 @@
 """Whether a server's greedy tokens are the model's: transformers reads them, teacher-forced."""
 
-import json
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 import torch
+
+from pagebus.bench.load import LoadError
+from tests.bench.peer_servers import Peer
 
 _PROMPT_LENGTHS = (5, 37, 128)
 _NUM_TOKENS = 24
@@ -40,40 +41,26 @@ class TokenCheck(msgspec.Struct, kw_only=True):
         )
 
 
-def check_tokens(model: Path, servers: Mapping[str, str]) -> dict[str, TokenCheck]:
-    """By server's name. `servers`: name to URL; each must take and return token ids."""
+def check_tokens(model: Path, peers: Mapping[str, Peer]) -> dict[str, TokenCheck]:
+    """By peer's name; one that gives no tokens has a flaw."""
     from transformers import AutoModelForCausalLM
 
     exact, rough = (
         AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
         for dtype in (torch.float32, torch.bfloat16)
     )
+    prompts = [[_LEAST_ID + 7 * at % _NUM_IDS for at in range(length)] for length in _PROMPT_LENGTHS]
     found = {}
-    for name, url in servers.items():
+    for name, peer in peers.items():
         check = found[name] = TokenCheck()
-        for length in _PROMPT_LENGTHS:
-            prompt = [_LEAST_ID + 7 * at % _NUM_IDS for at in range(length)]
-            try:
-                made = _ask(url, prompt)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                check.flaw = f"{type(error).__name__}: {error}"
-                break
-            _compare(exact, rough, prompt, made, check)
+        try:
+            made = peer.greedy(prompts, _NUM_TOKENS)
+        except LoadError as error:
+            check.flaw = str(error)
+            continue
+        for prompt, tokens in zip(prompts, made, strict=True):
+            _compare(exact, rough, prompt, tokens, check)
     return found
-
-
-def _ask(url: str, prompt: list[int]) -> list[int]:
-    with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as answer:
-        model = json.loads(answer.read())["data"][0]["id"]
-    body = {
-        "model": model, "prompt": prompt, "max_tokens": _NUM_TOKENS, "temperature": 0, "ignore_eos": True,
-        "return_token_ids": True,
-    }  # fmt: skip
-    request = urllib.request.Request(
-        f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=300) as answer:
-        return [int(one) for one in json.loads(answer.read())["choices"][0]["token_ids"]]
 
 
 @torch.inference_mode()

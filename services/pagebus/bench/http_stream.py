@@ -29,11 +29,18 @@ class _Choice(msgspec.Struct):
     text: str | None = None
 
 
+class PromptDetails(msgspec.Struct):
+    """Of a prompt: tokens that were read before and so cost nothing; None where the server does not tell."""
+
+    cached_tokens: int | None = None
+
+
 class Usage(msgspec.Struct):
     """What the server says it counted."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    prompt_tokens_details: PromptDetails | None = None
 
 
 class _Chunk(msgspec.Struct):

@@ -42,7 +42,11 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LoadConfig:
-    """What to send where. `max_concurrency` 0: no limit."""
+    """What to send where. `max_concurrency` 0: no limit.
+
+    `static_batch`: so many requests are sent together, the next so many when all of these have ended: what
+    static batching makes of a load.
+    """
 
     url: str
     model: str = ""
@@ -50,6 +54,7 @@ class LoadConfig:
     endpoint: Endpoint = "completions"
     is_text: bool = False  # prompts as words instead of token ids
     max_concurrency: int = 0
+    static_batch: int = 0
     prefix_len: int = 0  # tokens that all prompts begin with
     ignore_eos: bool = True
     temperature: float = 0.0
@@ -91,19 +96,25 @@ class Load:
         await self._try_out()
         bodies = [self.body(one) for one in wanted]
         limit = asyncio.Semaphore(self._config.max_concurrency or len(bodies) or 1)
+        is_closed = bool(self._config.max_concurrency or self._config.static_batch)
+        pairs = list(zip(wanted, bodies, strict=True))
+        size = self._config.static_batch or len(pairs) or 1
         began_s = time.perf_counter()
 
         async def send(one: Wanted, body: bytes) -> Outcome:
             await asyncio.sleep(began_s + one.at_s - time.perf_counter())
             async with limit:
-                delay_s = 0.0 if self._config.max_concurrency else time.perf_counter() - began_s - one.at_s
+                delay_s = 0.0 if is_closed else time.perf_counter() - began_s - one.at_s
                 answer = await self._client.post(self._path, body, timeout_s=self._config.timeout_s)
             outcome = Outcome(one, answer, delay_s)
             on_outcome(outcome)
             return outcome
 
         try:
-            return list(await asyncio.gather(*(send(*pair) for pair in zip(wanted, bodies, strict=True))))
+            outcomes: list[Outcome] = []
+            for first in range(0, len(pairs), size):
+                outcomes += await asyncio.gather(*(send(*pair) for pair in pairs[first : first + size]))
+            return outcomes
         finally:
             self._client.close()
 

@@ -54,6 +54,7 @@ class LoadFigures(msgspec.Struct, frozen=True, kw_only=True):
     refusal_ms: Spread | None  # how long a refusal took
     delay_ms: Spread | None  # sent later than wanted
     errors: dict[str, int]
+    num_cached_tokens: int = 0  # prompt tokens found in a prefix cache, where the server tells
 
 
 def spread(values_s: Sequence[float]) -> Spread | None:
@@ -71,6 +72,11 @@ def spread(values_s: Sequence[float]) -> Spread | None:
 def num_output(answer: Answer) -> int:
     """Tokens made, as the server counts them; without that, one a chunk."""
     return answer.usage.completion_tokens if answer.usage is not None else len(answer.text_times_s)
+
+
+def _num_cached(answer: Answer) -> int:
+    details = answer.usage.prompt_tokens_details if answer.usage is not None else None
+    return (details.cached_tokens or 0) if details is not None else 0
 
 
 def _tpot_s(answer: Answer) -> float | None:
@@ -136,6 +142,7 @@ def figures(outcomes: Sequence[Outcome], slo: Slo) -> LoadFigures:
         refusal_ms=spread([answer.end_s - answer.sent_s for answer in refused]),
         delay_ms=spread([outcome.delay_s for outcome in outcomes]),
         errors=dict(errors.most_common(10)),
+        num_cached_tokens=sum(_num_cached(answer) for answer in answers),
     )
 
 

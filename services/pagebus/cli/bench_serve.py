@@ -31,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         help="mean requests a second of a Poisson process (default: all at once)",
     )
     add("--max-concurrency", type=int, default=0, metavar="N", help="most requests at once (default: any)")
+    add("--static-batch", type=int, default=0, metavar="N", help="send N, then N more when all these ended")
     add("--input-len", type=int, default=128, metavar="N", help="prompt tokens (default: %(default)s)")
     add("--output-len", type=int, default=64, metavar="N", help="generated tokens (default: %(default)s)")
     add(
@@ -86,6 +87,7 @@ def bench_serve(arguments: Sequence[str]) -> int:
             endpoint=given.endpoint,
             is_text=given.text,
             max_concurrency=given.max_concurrency,
+            static_batch=given.static_batch,
             prefix_len=given.prefix_len,
             ignore_eos=not given.no_ignore_eos,
             temperature=given.temperature,
@@ -131,8 +133,8 @@ def _check(given: argparse.Namespace) -> None:
             raise CommandError(
                 f"{flag} is {getattr(given, name)}; a positive number is needed", ExitCode.USAGE
             )
-    if given.max_concurrency < 0 or given.prefix_len < 0:
-        raise CommandError("--max-concurrency and --prefix-len are 0 or more", ExitCode.USAGE)
+    if given.max_concurrency < 0 or given.prefix_len < 0 or given.static_batch < 0:
+        raise CommandError("--max-concurrency, --static-batch and --prefix-len are 0 or more", ExitCode.USAGE)
     if not 0 <= given.range_ratio <= 1:
         raise CommandError(f"--range-ratio is {given.range_ratio}; from 0 to 1 is possible", ExitCode.USAGE)
     if given.plot is not None and given.plot.suffix.lower() != ".svg":

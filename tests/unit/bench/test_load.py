@@ -218,10 +218,33 @@ def test_lengths_and_traces(tmp_path):
     assert plan(request) == [Wanted(0.0, 100, 10), Wanted(4.0, 50, 1)]
 
 
+async def test_a_static_batch_begins_when_the_one_before_has_ended_as_a_whole():
+    async with Server(*STREAM, pause_s=0.01) as server:
+        config = LoadConfig(url=server.url, model="m", static_batch=3)
+        outcomes = await Load(config).run([Wanted(0.0, 5, 3 + at) for at in range(7)])
+    assert [outcome.wanted.num_output for outcome in outcomes] == [3, 4, 5, 6, 7, 8, 9]
+    assert server.most_at_once == 3
+    spans = [(one.answer.sent_s, one.answer.end_s) for one in outcomes]
+    for before, after in ((spans[:3], spans[3:6]), (spans[3:6], spans[6:])):
+        assert max(end_s for _, end_s in before) <= min(sent_s for sent_s, _ in after)
+    assert {outcome.delay_s for outcome in outcomes} == {0.0}
+
+
+async def test_tokens_from_a_prefix_cache_are_counted():
+    usage = event(None, usage={"prompt_tokens": 8, "prompt_tokens_details": {"cached_tokens": 5}})
+    silent = event(None, usage={"prompt_tokens": 8, "prompt_tokens_details": None})
+    for last, num in ((usage, 10), (silent, 0)):
+        async with Server(HEAD, chunked(event("a") + last + b"data: [DONE]\n\n"), b"0\r\n\r\n") as server:
+            load = Load(LoadConfig(url=server.url, model="m"))
+            found = figures(await load.run([Wanted(0.0, 8, 1)] * 2), Slo())
+        assert (found.num_completed, found.num_cached_tokens) == (2, num)
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ["--num-prompts", "0"],
+        ["--static-batch", "-1"],
         ["--request-rate", "-1"],
         ["--range-ratio", "2"],
         ["--goodput", "ttft"],

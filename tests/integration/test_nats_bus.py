@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from nats import errors
@@ -116,6 +117,8 @@ async def test_poison_for_the_inbox(server, buses):
 async def test_a_late_pong_after_a_flush_that_timed_out(server, buses):
     bus = buses[0]
     os.kill(server.pid, signal.SIGSTOP)
+    status = Path(f"/proc/{server.pid}/stat")
+    await eventually(lambda: ") T " in status.read_text())  # its threads stop one after the other
     try:
         with pytest.raises(errors.TimeoutError):
             await bus._client.flush(timeout=0.1)

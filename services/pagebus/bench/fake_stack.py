@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pagebus.cli.launcher import service_environment
+from pagebus.cli.lifeline import LAUNCHER_VARIABLE
 from pagebus.cli.nats_server import EmbeddedNats, free_port
 from pagebus.cli.processes import service_command
 from pagebus.settings.structs import ServeSettings
@@ -39,10 +41,19 @@ class FakeStackError(Exception):
 class FakeStack:
     """What runs. `pids` by role, the bus's server among them."""
 
-    port: int
+    settings: ServeSettings
     nats_url: str
-    model: str
     pids: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def port(self) -> int:
+        """The gateway's."""
+        return self.settings.port
+
+    @property
+    def model(self) -> str:
+        """Its name."""
+        return self.settings.model_name
 
 
 @contextlib.asynccontextmanager
@@ -63,11 +74,12 @@ async def fake_stack(*, resume: bool = True, stream_interval: int = 0) -> AsyncI
         nats = EmbeddedNats(configuration=configuration)
         await nats.start()
         processes: list[asyncio.subprocess.Process] = []
-        stack = FakeStack(settings.port, nats.url("client"), settings.model_name, {"nats-server": nats.pid})
+        stack = FakeStack(settings, nats.url("client"), {"nats-server": nats.pid})
         try:
             with log.open("ab") as out:
                 for role in ("executor", "scheduler", "gateway"):
                     environment = service_environment(role, 1, settings, nats.url(role))
+                    environment[LAUNCHER_VARIABLE] = str(os.getpid())  # their priorities are the launcher's
                     process = await asyncio.create_subprocess_exec(
                         *service_command(role), env=environment, stdout=out, stderr=out
                     )

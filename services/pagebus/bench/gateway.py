@@ -7,9 +7,7 @@ Real gateway processes and a real bus; executors and clients are one cheap proce
 import asyncio
 import contextlib
 import os
-import statistics
 import sys
-import urllib.request
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +15,14 @@ from tempfile import TemporaryDirectory
 
 import msgspec
 
-from pagebus.bench.processes import Machine, cpu_s, machine, percentile, rss_bytes
+from pagebus.bench.gateway_figures import GatewayFigures, Stage, Variant, table
+from pagebus.bench.processes import cpu_s, machine, percentile, rss_bytes
 from pagebus.bench.stream_reader import Counts, Mark, Nap, ReaderConfig, Sampled, Take
 from pagebus.bench.token_source import Command, Finish, Made, Run, SourceConfig
 from pagebus.cli.launcher import service_environment
 from pagebus.cli.nats_server import EmbeddedNats
 from pagebus.cli.port import LISTEN_VARIABLE, SharedListener
-from pagebus.cli.processes import service_command
+from pagebus.cli.processes import READY_VARIABLE, service_command
 from pagebus.settings.model_files import resolve_model
 from pagebus.settings.structs import ServeSettings
 
@@ -51,52 +50,11 @@ class GatewayRequest:
     window: int = 128
     rounds: int = 1
     intervals: tuple[int, ...] = (1, 0)
-    half_rate: float = 0.0  # tokens a second of the latency runs; 0: half of what the saturated run made
+    half_rate: float = 0.0  # tokens a second of `half_load`; 0: half of the first variant's most
     stores: bool = True
     tree: Path | None = None
     json_file: Path | None = None
     is_json: bool = False
-
-
-class Stage(msgspec.Struct, frozen=True, kw_only=True):
-    """One run of one variant. CPU seconds are those of the gateway processes together."""
-
-    tokens: int
-    seconds: float
-    gateway_cpu_s: float
-    tokens_per_cpu_s: float
-    tokens_per_s: float
-    events: int
-    events_per_s: float
-    tokens_per_event: float
-    bytes_per_token: float
-    latency_p50_ms: float
-    latency_p99_ms: float
-    client_cpu_s: float
-    source_cpu_s: float
-    nats_cpu_s: float
-    gateway_rss_mib: float
-
-
-class Variant(msgspec.Struct, frozen=True, kw_only=True):
-    """One start of the gateways: saturated, then at half of that load; streams of each gateway."""
-
-    stream_interval: int
-    saturated: Stage
-    half_load: Stage
-    streams_by_gateway: list[int]
-
-
-class GatewayFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """All that was measured."""
-
-    machine: Machine
-    num_streams: int
-    num_executors: int
-    num_gateways: int
-    is_stored: bool
-    is_cpu_count_exhausted: bool
-    variants: list[Variant]
 
 
 class _Child:
@@ -182,10 +140,11 @@ class _Bed:
 
 async def measure(request: GatewayRequest) -> GatewayFigures:
     """All variants, one after the other, as often as asked for. Raises `GatewayBenchError`."""
-    variants = []
+    variants: list[Variant] = []
     for _ in range(request.rounds):
         for interval in request.intervals:
-            variants.append(await _measure_variant(request, interval))
+            first = variants[0].saturated.tokens_per_s / 2 if variants else 0.0
+            variants.append(await _measure_variant(request, interval, request.half_rate or first))
     return GatewayFigures(
         machine=machine(),
         num_streams=request.num_streams,
@@ -197,7 +156,7 @@ async def measure(request: GatewayRequest) -> GatewayFigures:
     )
 
 
-async def _measure_variant(request: GatewayRequest, interval: int) -> Variant:
+async def _measure_variant(request: GatewayRequest, interval: int, half_rate: float) -> Variant:
     async with _bed(request, interval) as bed:
         num_streams = request.num_streams
         first = await bed.run(Run(seconds=0.2, rate=num_streams * 5))  # everybody's first tokens
@@ -206,8 +165,12 @@ async def _measure_variant(request: GatewayRequest, interval: int) -> Variant:
         await bed.reader.ask(Nap(_NAP_S))
         saturated, num_made = await _stage(bed, Run(seconds=request.seconds, window=request.window), num_made)
         await bed.reader.ask(Nap(_SHORT_NAP_S))
-        rate = request.half_rate or saturated.tokens_per_s / 2
+        own_rate = saturated.tokens_per_s / 2
+        rate = half_rate or own_rate
         half_load, num_made = await _stage(bed, Run(seconds=request.seconds, rate=rate), num_made)
+        half_of_own = None
+        if interval != 1 and own_rate > rate:
+            half_of_own, num_made = await _stage(bed, Run(seconds=request.seconds, rate=own_rate), num_made)
         by_gateway = [_num_connections(gateway.pid) for gateway in bed.gateways]
         last = await bed.run(Finish())
         counts = await bed.until_read(num_made + last.num_tokens, num_streams)
@@ -217,7 +180,11 @@ async def _measure_variant(request: GatewayRequest, interval: int) -> Variant:
                 f"{counts.num_broken} streams broke"
             )
     return Variant(
-        stream_interval=interval, saturated=saturated, half_load=half_load, streams_by_gateway=by_gateway
+        stream_interval=interval,
+        saturated=saturated,
+        half_load=half_load,
+        half_of_own=half_of_own,
+        streams_by_gateway=by_gateway,
     )
 
 
@@ -284,6 +251,7 @@ async def _bed(request: GatewayRequest, interval: int) -> AsyncIterator[_Bed]:
     bed = _Bed(nats, [])
     with TemporaryDirectory() as folder:
         log = Path(folder) / "gateways.log"
+        ready_files = [Path(folder) / f"{number}.ready" for number in range(request.num_gateways)]
         try:
             source = SourceConfig(
                 model=settings.model_name,
@@ -296,10 +264,11 @@ async def _bed(request: GatewayRequest, interval: int) -> AsyncIterator[_Bed]:
             bed.children.append(await _Child.start("pagebus.bench.token_source", source))
             await bed.source.line()
             with log.open("ab") as out:
-                for number in range(request.num_gateways):
+                for number, ready_file in enumerate(ready_files):
                     environment = service_environment("gateway", number + 1, settings, nats.url("gateway"))
                     environment |= {
                         LISTEN_VARIABLE: str(listener.fd),
+                        READY_VARIABLE: str(ready_file),
                         "PAGEBUS_STREAM_INTERVAL": str(interval),
                     }
                     if request.tree is not None:
@@ -313,7 +282,7 @@ async def _bed(request: GatewayRequest, interval: int) -> AsyncIterator[_Bed]:
                         pass_fds=(listener.fd,),
                     )
                     bed.gateways.append(gateway)
-            await _until_ready(bed, listener.url, log)
+            await _until_ready(bed, ready_files, log)
             reader = ReaderConfig(
                 host=listener.host,
                 port=listener.port,
@@ -340,54 +309,21 @@ async def _stop(bed: _Bed) -> None:
     await bed.nats.stop()
 
 
-async def _until_ready(bed: _Bed, url: str, log: Path) -> None:
-    def status() -> int:
-        try:
-            with urllib.request.urlopen(f"{url}/ready", timeout=1) as answer:  # noqa: S310 - our own
-                return int(answer.status)
-        except OSError:
-            return 0
-
+async def _until_ready(bed: _Bed, ready_files: list[Path], log: Path) -> None:
+    """Until every gateway accepts connections."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_READY_TIMEOUT_S):
-            while await asyncio.to_thread(status) != 200:
+            while not all(file.exists() for file in ready_files):
                 if any(gateway.returncode is not None for gateway in bed.gateways):
                     break
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.05)
             else:
-                await asyncio.sleep(0.5 * len(bed.gateways))  # the others, behind the same port
                 return
     raise GatewayBenchError(f"no gateway: {_last_words(log)}")
 
 
 def _last_words(log: Path) -> str:
     return log.read_text(errors="replace")[-_LOG_TAIL:]
-
-
-def table(found: GatewayFigures) -> str:
-    """For people."""
-    lines = [
-        f"{found.num_streams} streams of {found.num_executors} executors (imitated by one process), "
-        f"{found.num_gateways} gateway process(es), {'stored' if found.is_stored else 'not stored'}",
-        "interval  load       tokens/CPU-s   tokens/s   events/s  tok/event   p50 ms   p99 ms"
-        "   CPU s: gateway client source  nats    RSS MiB",
-    ]
-    for variant in found.variants:
-        name = "adaptive" if variant.stream_interval == 0 else str(variant.stream_interval)
-        for load, stage in (("saturated", variant.saturated), ("half", variant.half_load)):
-            lines.append(
-                f"{name:9} {load:10} {stage.tokens_per_cpu_s:12,} {stage.tokens_per_s:10,} "
-                f"{stage.events_per_s:10,} {stage.tokens_per_event:10.2f} {stage.latency_p50_ms:8.2f} "
-                f"{stage.latency_p99_ms:8.2f} {stage.gateway_cpu_s:17.2f} {stage.client_cpu_s:6.2f} "
-                f"{stage.source_cpu_s:6.2f} {stage.nats_cpu_s:5.2f} {stage.gateway_rss_mib:10.1f}"
-            )
-        if len(variant.streams_by_gateway) > 1:
-            lines.append(f"          connections of each gateway: {variant.streams_by_gateway}")
-    for interval in sorted({variant.stream_interval for variant in found.variants}, reverse=True):
-        rates = [v.saturated.tokens_per_cpu_s for v in found.variants if v.stream_interval == interval]
-        name = "adaptive coalescing" if interval == 0 else f"stream interval {interval}"
-        lines.append(f"{name}: median {statistics.median(rates):,.0f} tokens a CPU-second, saturated")
-    return "\n".join(lines)
 
 
 def run(request: GatewayRequest) -> GatewayFigures:

@@ -1,7 +1,8 @@
-"""How long each hop of a request's way takes, one stream at a time, with real processes and a fake model.
+"""How long each hop of a request's way takes, one stream at a time, with real processes and a fake model;
+and what the bus adds to the first token: the same services in one process are asked in turn with them.
 
-A connection of its own sees every message about when its receiver does; that, and a client's clock, is all
-that is needed. The services are as they are: nothing in them measures.
+Each hop is seen by a connection of its own, which gets every message about when its receiver does, in
+requests of their own: it takes its share of the processors. Nothing in the services measures.
 """
 
 import asyncio
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import msgspec
 
-from pagebus.bench.fake_stack import NAME, fake_stack
-from pagebus.bench.processes import percentile
+from pagebus.bench.fake_process import fake_process
+from pagebus.bench.fake_stack import NAME, FakeStack, fake_stack
+from pagebus.bench.processes import Machine, machine, percentile
 from pagebus.bus import subjects
 from pagebus.bus.nats_bus import NatsBus
 from pagebus.bus.protocol import Msg
@@ -34,10 +36,15 @@ class Spread(msgspec.Struct, frozen=True):
 
 
 class Hops(msgspec.Struct, frozen=True, kw_only=True):
-    """Of the first token: from the client's request to each message, and to its first event. Of every further
-    token: from its message to its event."""
+    """Of the first token: from the client's request to its first event, over the bus and in one process, and
+    what the former takes longer than the latter's median; then, with somebody who looks on, from the request
+    to each message. Of every further token: from its message to its event."""
 
+    machine: Machine
     num_requests: int
+    first_token_over_bus: Spread
+    first_token_in_one_process: Spread
+    added: Spread
     request_to_generate: Spread
     generate_to_plan: Spread
     plan_to_tokens: Spread
@@ -113,6 +120,8 @@ class _Client:
 async def measure_hops(num_requests: int = 300, num_tokens: int = 8, *, resume: bool = True) -> Hops:
     """All of it, in some seconds. Raises `HopsError`."""
     async with fake_stack(resume=resume, stream_interval=1) as stack:
+        async with fake_process(stack.settings) as port:
+            over_bus_s, in_one_s = await asyncio.to_thread(_in_turn, stack, port, num_requests)
         bus = await NatsBus.connect(stack.nats_url, name="looks-on")
         seen = _Seen(stack.model)
         for subject in seen.subjects:
@@ -128,8 +137,13 @@ async def measure_hops(num_requests: int = 300, num_tokens: int = 8, *, resume: 
                 found.append((sent_s, times_s, seen.generate_s, seen.plan_s, list(seen.tokens_s)))
         one_way = await _one_way(bus, num_requests)
         await bus.close()
+    in_one_p50_s = percentile(in_one_s, 0.5)
     return Hops(
+        machine=machine(),
         num_requests=len(found),
+        first_token_over_bus=_spread(over_bus_s),
+        first_token_in_one_process=_spread(in_one_s),
+        added=_spread([value - in_one_p50_s for value in over_bus_s]),
         request_to_generate=_spread([generate - sent for sent, _, generate, _, _ in found]),
         generate_to_plan=_spread([plan - generate for _, _, generate, plan, _ in found]),
         plan_to_tokens=_spread([tokens[0] - plan for _, _, _, plan, tokens in found]),
@@ -145,6 +159,23 @@ async def measure_hops(num_requests: int = 300, num_tokens: int = 8, *, resume: 
         ),
         one_way=one_way,
     )
+
+
+def _in_turn(stack: FakeStack, port: int, num_requests: int) -> tuple[list[float], list[float]]:
+    """Seconds to the first token, over the bus and in one process: A B A B ...
+
+    Of one token only: steps of no length at all, one after the other, would take the interpreter from the
+    gateway in one process, and make the bus look better than it is.
+    """
+    clients = [_Client(each, stack.model, 1) for each in (stack.port, port)]
+    found: tuple[list[float], list[float]] = ([], [])
+    for number in range(num_requests + _WARM_UP):
+        for client, times_s in zip(clients, found, strict=True):
+            time.sleep(_PAUSE_S)
+            sent_s, events_s = client.ask(number)
+            if number >= _WARM_UP:
+                times_s.append(events_s[0] - sent_s)
+    return found
 
 
 async def _one_way(bus: NatsBus, count: int) -> Spread:
@@ -168,13 +199,19 @@ def _spread(values: Sequence[float]) -> Spread:
 
 def table(found: Hops) -> str:
     """For people."""
-    lines = [f"one stream at a time, {found.num_requests} requests, fake model; ms", "p50      p99"]
+    lines = [
+        f"one stream at a time, {found.num_requests} requests, load {found.machine.load_1min}; ms",
+        "    p50      p99",
+    ]
     for name, words in (
+        ("first_token_over_bus", "time to first token over NATS, nobody looking on"),
+        ("first_token_in_one_process", "same services in one process, asked in turn with them"),
+        ("added", "added by the three hops (less the other one's median)"),
         ("request_to_generate", "client's request to Generate on the bus"),
         ("generate_to_plan", "Generate to Plan (scheduler)"),
         ("plan_to_tokens", "Plan to first Tokens (executor)"),
         ("tokens_to_event", "first Tokens to the client's first event (gateway)"),
-        ("first_token", "all of it: time to first token"),
+        ("first_token", "all of it, with one more connection that looks on"),
         ("bus_part_of_first_token", "Generate to first Tokens: scheduler, executor and two hops"),
         ("later_token_to_event", "each further token: its message to its event"),
         ("one_way", "one hop alone: publish to handler, 512 bytes, idle"),

@@ -218,7 +218,7 @@ async def measure_ratio(settings: ServeSettings, batch: Batch, num_rounds: int) 
     rates: dict[Way, list[float]] = {"bus": [], "one-process": []}
     is_same = True
     ways: tuple[Way, Way] = ("bus", "one-process")
-    async with _Apart(settings) as apart, engine(settings, "bus") as requester:
+    async with Apart(settings) as apart, engine(settings, "bus") as requester:
         for number in range(-1, num_rounds):
             one = with_seed(batch, number)
             made = {}
@@ -240,13 +240,13 @@ async def measure_ratio(settings: ServeSettings, batch: Batch, num_rounds: int) 
     )
 
 
-class _Apart:
+class Apart:
     """The engine of one process, in a process of its own, so that this one is the same beside both."""
 
     def __init__(self, settings: ServeSettings) -> None:
         self._settings = settings
 
-    async def __aenter__(self) -> "_Apart":
+    async def __aenter__(self) -> "Apart":
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",

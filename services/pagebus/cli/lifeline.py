@@ -10,6 +10,9 @@ import time
 from collections.abc import Callable, Mapping
 
 LAUNCHER_VARIABLE = "PAGEBUS_LAUNCHER_PID"
+LOWER_PRIORITY = 5
+"""What every service but the executor adds to its nice value: a barrier of the executor's threads waits for
+whoever has the core."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -30,13 +33,15 @@ def die_with_launcher() -> None:
 
 
 def before_exec() -> Callable[[], None] | None:
-    """A `preexec_fn` that ties a foreign program (nats-server) to this process; None where Linux is not."""
+    """A `preexec_fn` that ties a foreign program (nats-server) to this process, at the services' priority;
+    None where Linux is not."""
     if not sys.platform.startswith("linux"):
         return None
     library = ctypes.CDLL(None)  # loaded before the fork: between fork and exec as little as possible
 
     def tie() -> None:
         library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        library.nice(LOWER_PRIORITY)
 
     return tie
 

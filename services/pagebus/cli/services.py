@@ -20,7 +20,7 @@ from pagebus.bus.protocol import Bus, BusError
 from pagebus.cli.configured import configured
 from pagebus.cli.errors import CommandError, ExitCode
 from pagebus.cli.faults import end_for_model
-from pagebus.cli.lifeline import die_with_launcher, is_launched
+from pagebus.cli.lifeline import LOWER_PRIORITY, die_with_launcher, is_launched
 from pagebus.cli.port import inherited_listener
 from pagebus.cli.processes import READY_VARIABLE
 from pagebus.settings.model_files import ModelFilesError, resolve_model
@@ -36,7 +36,6 @@ log = logging.getLogger("pagebus.cli.services")
 
 NATS_VARIABLE = "NATS_URL"
 ALIVE_VARIABLE = "PAGEBUS_ALIVE_FILE"
-_LOWER_PRIORITY = 5
 # Importing torch and transformers makes objects that stay: collecting among them cost a fifth of the start.
 _FEW_COLLECTIONS = (100_000, 20, 50)
 # What a request leaves in circles is collected every few hundred requests.
@@ -168,7 +167,7 @@ def _begin(role: str, settings: CommonSettings) -> None:
     logs.configure(role, settings.log_level)
     if is_launched() and role != "executor":
         with contextlib.suppress(OSError):
-            os.nice(_LOWER_PRIORITY)  # a barrier of the executor's threads waits for whoever has the core
+            os.nice(LOWER_PRIORITY)
 
 
 def _model_directory(settings: CommonSettings) -> Path:

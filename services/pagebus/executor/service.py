@@ -135,7 +135,7 @@ class _Service:
         self._outgoing: asyncio.Queue[tuple[str, Message]] = asyncio.Queue()
         self._hello_wanted = asyncio.Event()
         self._last_done: StepDone | None = None
-        self._num_unsent = 0
+        self._num_unsent = self._num_waiting = 0
         self._is_draining = self._is_known = False
         self.on_ready: Callable[[], None] = lambda: None
         self.on_hang: Callable[[], None] = end_process
@@ -216,15 +216,15 @@ class _Service:
         match event:
             case Report():
                 for reply, tokens in event.tokens.items():
-                    self._outgoing.put_nowait((reply, tokens))
+                    self._tell(reply, tokens)
                 for reply, failed in event.failures:
-                    self._outgoing.put_nowait((reply, failed))
-                self._outgoing.put_nowait((self._done_subject, event.done))
+                    self._tell(reply, failed)
+                self._tell(self._done_subject, event.done)
                 self._outbox.add(event.done, self._clock())
                 self._last_done = event.done
                 self._note_known()
             case Acknowledge():
-                self._outgoing.put_nowait((self._done_subject, event.done))
+                self._tell(self._done_subject, event.done)
                 self._note_known()
             case HelloWanted():
                 self._hello_wanted.set()
@@ -272,6 +272,21 @@ class _Service:
 
     # -- to the bus --------------------------------------------------------------------------------------
 
+    def _tell(self, subject: str, message: Message) -> None:
+        """Send now; where something waits already, or the bus is far behind, after all that was told."""
+        if self._num_waiting or not self._send_now(subject, message):
+            self._num_waiting += 1
+            self._outgoing.put_nowait((subject, message))
+
+    def _send_now(self, subject: str, message: Message) -> bool:
+        try:
+            if not self._bus.publish_now(subject, encode(message)):
+                return False
+        except Exception as error:
+            self._note_failure(subject, message, error)
+        self._endings.note(subject, message, self._clock())
+        return True
+
     async def _publish(self) -> None:
         """Send in order. What cannot be sent is dropped: `StepDone`s are repeated, requesters see a gap."""
         while True:
@@ -280,19 +295,21 @@ class _Service:
             try:
                 await self._send(subject, message)
             finally:
+                self._num_waiting -= 1
                 self._outgoing.task_done()
 
     async def _send(self, subject: str, message: Message) -> None:
         try:
             await self._bus.publish(subject, encode(message))
-        except NotConnectedError:
+        except Exception as error:
+            self._note_failure(subject, message, error)
+
+    def _note_failure(self, subject: str, message: Message, error: Exception) -> None:
+        """One message that cannot be sent must not end the service."""
+        if isinstance(error, NotConnectedError):
             self._num_unsent += 1
-        except Exception:  # one message that cannot be sent must not end the service
-            _log.exception("could not send a %s to %s", type(message).__name__, subject)
         else:
-            if self._num_unsent:
-                _log.warning("%d messages were not sent while the bus was away", self._num_unsent)
-                self._num_unsent = 0
+            _log.error("could not send a %s to %s", type(message).__name__, subject, exc_info=error)
 
     async def _greet(self, ready: Ready) -> None:
         """Say `Hello` each second, and at once when asked to."""
@@ -302,6 +319,9 @@ class _Service:
             self._hello_wanted.clear()
             if self._bus.is_connected:
                 self._endings.forget(self._clock())
+                if self._num_unsent:
+                    _log.warning("%d messages were not sent while the bus was away", self._num_unsent)
+                    self._num_unsent = 0
             await self._send(self._hello_subject, self._hello(ready, self._phase))
             await asyncio.sleep(HELLO_SPACING_S)
 

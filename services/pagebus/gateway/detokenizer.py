@@ -5,7 +5,7 @@ have been repaired. Knows nothing of stop strings or of streams to clients.
 """
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from tokenizers import Tokenizer
@@ -205,13 +205,13 @@ class Detokenizer:
 
     def __init__(self, source: _Source, stages: Sequence[_Stage]) -> None:
         self._source, self._stages = source, stages
+        self.push: Callable[[Sequence[int]], str] = self._push if stages else source.push
+        """The text that the next ids settle (often one token's, sometimes none, sometimes more)."""
 
-    def push(self, ids: Sequence[int]) -> str:
-        """The text that these ids settle (often one token's, sometimes none, sometimes more)."""
+    def _push(self, ids: Sequence[int]) -> str:
         text = self._source.push(ids)
-        if self._stages:
-            for stage in self._stages:
-                text = stage.push(text)
+        for stage in self._stages:
+            text = stage.push(text)
         return text
 
     def tail(self) -> str:

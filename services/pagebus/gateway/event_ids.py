@@ -107,9 +107,8 @@ class IdLines:
 
     def plain(self, choice: int, num_ids: int, event: bytes) -> bytes:
         """The same after so many ids of this choice and nothing more."""
-        if len(self._parts) == 1:
-            self._parts[0] = part = b"%d" % num_ids
-            return b"id: %b\n%b" % (part, event)
+        if len(self._parts) == 1:  # what comes after has a part of its own
+            return b"id: %d\n%b" % (num_ids, event)
         return self.before(choice, b"%d" % num_ids, event)
 
     def usage_line(self) -> bytes:

@@ -37,10 +37,11 @@ def _nothing() -> None:
 class Choice:
     """What is known of one choice."""
 
-    __slots__ = ("is_done", "is_plain", "last_token_s", "num_ids", "stream")
+    __slots__ = ("is_done", "is_plain", "last_token_s", "num_ids", "push_plain", "stream")
 
     def __init__(self, stream: TextStream) -> None:
         self.stream = stream
+        self.push_plain = stream.push_plain
         self.num_ids = 0
         self.is_done = False
         self.is_plain = stream.is_plain  # its ids are text and nothing else, until it ends
@@ -140,11 +141,17 @@ class Generation:
 
     def _take_plain(self, choice: Choice, event: NewTokens) -> None:
         """The common case of `_take_tokens`: nothing ends, nothing is told beside text."""
-        ids, index = event.ids, choice.num_ids
+        ids, index, counters = event.ids, choice.num_ids, self._counters
         num_ids = len(ids)
-        self._count(choice, num_ids)
+        last_s = choice.last_token_s
+        if last_s and num_ids:
+            choice.last_token_s = now_s = time.monotonic()
+            counters.num_generated_tokens += num_ids
+            counters.between_tokens_s.observe((now_s - last_s) / num_ids, num_ids)
+        else:
+            self._count(choice, num_ids)
         choice.num_ids = index + num_ids
-        self._on_event(TextEvent(event.choice, index, ids, choice.stream.push_plain(ids), None))
+        self._on_event(TextEvent(event.choice, index, ids, choice.push_plain(ids), None))
 
     def _take_tokens(self, event: NewTokens) -> None:
         choice = self._choices[event.choice]

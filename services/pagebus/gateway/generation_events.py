@@ -47,7 +47,7 @@ class Usage(msgspec.Struct, frozen=True):
     num_cached_tokens: int = 0  # of the prompt's: their KV came from the prefix cache
 
 
-class TextEvent(msgspec.Struct, frozen=True):
+class TextEvent(msgspec.Struct, frozen=True, gc=False):
     """News of a choice. `text` may lag behind `ids`; `index` is the first id's among the generated ones.
 
     `logprobs` and `offsets` are those of `ids`, where they were asked for; an offset is the number of the

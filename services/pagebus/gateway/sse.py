@@ -28,7 +28,8 @@ _HEADERS = (
 
 def encode_text(text: str) -> bytes:
     """A JSON string without any character that a client may take for a line's end."""
-    return encode_json(text)
+    encoded = _encode(text)
+    return encoded if encoded.isascii() else encode_json(text)
 
 
 def encode_json(value: str | msgspec.Struct) -> bytes:
@@ -68,7 +69,6 @@ class ChunkTemplate:
         self._after = b'},"logprobs":' if is_chat else b',"logprobs":'
         self._ending = b',"delta":{},"logprobs":null' if is_chat else b',"text":"","logprobs":null'
         self._no_usage = b',"usage":null' if usage else b""
-        self._plain: dict[int, tuple[bytes, bytes]] = {}
 
     def role(self, choice: int, usage: UsageBody | None, beside: bytes = b"") -> bytes:
         """The first chunk of a chat's choice; `beside`: further members of the chunk, with a comma before
@@ -89,15 +89,10 @@ class ChunkTemplate:
         body = self._before + encode_text(text) + self._after + logprobs + more
         return self._chunk(choice, body, b"null", usage)
 
-    def plain(self, choice: int, text: str) -> bytes:
-        """`text` without anything beside it: between two halves that stay the same."""
-        halves = self._plain.get(choice)
-        if halves is None:
-            before, _, after = self.text(choice, "", None).partition(self._before + b'""')
-            halves = self._plain[choice] = (before + self._before, after)
-        before, after = halves
-        encoded = _encode(text)
-        return before + (encoded if encoded.isascii() else encode_text(text)) + after
+    def halves(self, choice: int) -> tuple[bytes, bytes]:
+        """What stands before and after a text (`encode_text`) without anything beside it."""
+        before, _, after = self.text(choice, "", None).partition(self._before + b'""')
+        return before + self._before, after
 
     def finish(self, choice: int, reason: str, usage: UsageBody | None) -> bytes:
         """The last chunk of a choice."""

@@ -10,7 +10,7 @@ from pagebus.gateway.event_ids import FINISH, NOTHING, OPEN, ROLE, TEXT, IdLines
 from pagebus.gateway.generation_events import PromptEvent, TextEvent
 from pagebus.gateway.jobs import Job, PromptTeller
 from pagebus.gateway.logprob_shapes import joined_text
-from pagebus.gateway.sse import DONE, encode_json
+from pagebus.gateway.sse import DONE, encode_json, encode_text
 
 
 class StreamAnswer:
@@ -41,6 +41,7 @@ class StreamAnswer:
         self._sent = self._position.choices
         self._ids = None if position is None else IdLines(self._sent)
         # Events that hold nothing but text, for a reader from the beginning: nearly all there are.
+        self._halves = [self.template.halves(choice) for choice in range(job.num_choices)]
         self._is_plain = (
             all(choice.stage == NOTHING for choice in self._sent)
             and not job.is_echo_only
@@ -76,11 +77,11 @@ class StreamAnswer:
         choice, reason = event.choice, event.finish_reason
         if self._is_plain and reason is None:
             if event.text:
-                end = event.index + len(event.ids)
-                if self._ids is None:
-                    self._write(self.template.plain(choice, event.text))
-                else:
-                    self._write(self._ids.plain(choice, end, self.template.plain(choice, event.text)))
+                before, after = self._halves[choice]
+                chunk = before + encode_text(event.text) + after
+                if self._ids is not None:
+                    chunk = self._ids.plain(choice, event.index + len(event.ids), chunk)
+                self._write(chunk)
             if not self._has_begun:
                 self._has_begun = True
                 self._on_first()

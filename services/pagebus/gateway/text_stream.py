@@ -45,6 +45,8 @@ class TextStream:
         self._include_stop, self._min_tokens = include_stop, min_tokens
         self._has_offsets = has_offsets
         self.is_plain = not self._stops and not has_offsets
+        self.push_plain = detokenizer.push
+        """The next ids' text, where `is_plain`: every id counts, and none of them ends the choice."""
         self._num_ids = 0
         self._num_characters = 0  # that the detokenizer gave out
         self._is_stopped = False
@@ -59,11 +61,6 @@ class TextStream:
     def offset(self) -> int:
         """Complete characters of the text so far, held back ones and stop strings included."""
         return self._num_characters + len(self._detokenizer.tail())
-
-    def push_plain(self, ids: Sequence[int]) -> str:
-        """The next ids' text, where `is_plain`: every id counts, and none of them ends the choice."""
-        self._num_ids += len(ids)
-        return self._detokenizer.push(ids)
 
     def push(self, ids: Sequence[int]) -> TextDelta:
         """The next ids. After a stop nothing counts any more."""

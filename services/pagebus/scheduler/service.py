@@ -261,10 +261,12 @@ class SchedulerService:
     # -- send ------------------------------------------------------------------------------------------------
 
     async def _send(self, actions: list[Action]) -> None:
+        """Plans first: executors wait for them, requesters are only told."""
+        for action in actions:
+            if isinstance(action, SendPlan):
+                await self._publish(subjects.plan(action.executor), encode(action.plan))
         for action in actions:
             match action:
-                case SendPlan(executor, plan):
-                    await self._publish(subjects.plan(executor), encode(plan))
                 case SendReply(subject, message):
                     await self._publish(subject, encode(message))
                 case Probe(executor):

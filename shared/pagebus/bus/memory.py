@@ -148,6 +148,12 @@ class MemoryBus:
         self, subject: str, data: bytes, *, reply: str = "", headers: Mapping[str, str] | None = None
     ) -> None:
         """Send once. Raises `NotConnectedError`, `PayloadTooLargeError`, `InvalidMessageError`."""
+        self.publish_now(subject, data, reply=reply, headers=headers)
+
+    def publish_now(
+        self, subject: str, data: bytes, *, reply: str = "", headers: Mapping[str, str] | None = None
+    ) -> bool:
+        """The same: this bus is never behind."""
         guard.check_publish(subject)
         if reply:
             guard.check_publish(reply)
@@ -166,6 +172,7 @@ class MemoryBus:
             for receiver in self.broker.receivers(reply):
                 if receiver.bus is self:
                     self._accept(receiver, answer, 0.0)
+        return True
 
     async def request(self, subject: str, data: bytes, *, timeout_s: float) -> Msg:
         """Send and wait for one answer.

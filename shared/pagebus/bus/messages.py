@@ -276,7 +276,7 @@ class StepDone(Message, frozen=True, kw_only=True):
     duration_us: int = 0
 
 
-class TokenRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class TokenRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """New ids of one row; `index` is the first one's index among the choice's generated ids."""
 
     request_id: str

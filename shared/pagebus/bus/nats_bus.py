@@ -152,12 +152,25 @@ class NatsBus:
 
         Raises `NotConnectedError`, `PayloadTooLargeError`, `InvalidMessageError`.
         """
+        await self._client.publish_frame(self._frame(subject, data, reply, headers))
+
+    def publish_now(
+        self, subject: str, data: bytes, *, reply: str = "", headers: Mapping[str, str] | None = None
+    ) -> bool:
+        """As `publish`, before this returns; False, and nothing sent, where the server is far behind."""
+        if self._client.is_behind:
+            return False
+        self._client.send_frame(self._frame(subject, data, reply, headers))
+        return True
+
+    def _frame(self, subject: str, data: bytes, reply: str, headers: Mapping[str, str] | None) -> bytes:
+        """A checked message as it is sent."""
         guard.check_publish(subject)
         if reply:
             guard.check_publish(reply)
         guard.check_size(guard.headers_size(headers) + len(data), self._client.max_payload)
         self.counters["published"] += 1
-        await self._client.publish_frame(frame(subject, data, reply, headers))
+        return frame(subject, data, reply, headers)
 
     async def request(self, subject: str, data: bytes, *, timeout_s: float) -> Msg:
         """Send and wait for one answer.

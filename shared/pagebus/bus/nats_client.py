@@ -1,4 +1,5 @@
-"""nats-py's client with its traps closed, direct dispatch to handlers, and one write a turn of the loop.
+"""nats-py's client with its traps closed, direct dispatch to handlers, and two writes a turn of the loop at
+most.
 
 Owns the connection's internals only; `NatsBus` beside it is what the project uses. The traps that are guarded
 here are listed in README.md of this folder, each with its test.
@@ -14,6 +15,7 @@ from nats.aio.client import Client, Srv
 from nats.aio.subscription import Subscription as NatsSubscription
 from nats.aio.transport import TcpTransport
 
+from pagebus.bus.nats_frames import FrameProtocol
 from pagebus.bus.protocol import Handler, Msg, NotConnectedError
 
 _log = logging.getLogger(__name__)
@@ -54,19 +56,33 @@ class GuardedClient(Client):
     # Sending
 
     async def publish_frame(self, frame: bytes) -> None:
-        """Send one whole protocol frame (PUB or HPUB); raises `NotConnectedError`.
+        """Send one whole protocol frame (PUB or HPUB), waiting where the socket is far behind; raises
+        `NotConnectedError`."""
+        self.send_frame(frame)
+        if self.is_behind:
+            await self._wait_until_sent()
 
-        Frames of one turn of the event loop leave in one write, after what was queued before them.
+    def send_frame(self, frame: bytes) -> None:
+        """Send one whole protocol frame now; raises `NotConnectedError`.
+
+        A turn's first frame leaves at once, all others of it together at its end; after what was queued
+        before them.
         """
-        if not self.is_connected:
+        if not self.is_connected or self._transport is None:
             raise NotConnectedError("the bus is not connected")
-        self._pending.append(frame)
-        self._pending_data_size += len(frame)
+        if self._is_flush_due or self._pending:
+            self._pending.append(frame)
+            self._pending_data_size += len(frame)
+        else:
+            self._transport.write(frame)
         if not self._is_flush_due:
             self._is_flush_due = True
             asyncio.get_running_loop().call_soon(self._write_pending)
-        if self._pending_data_size + self._num_unsent_bytes() > MAX_UNSENT_BYTES:
-            await self._wait_until_sent()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether so much is unsent that nothing more should be sent before some of it is."""
+        return self._pending_data_size + self._num_unsent_bytes() > MAX_UNSENT_BYTES
 
     async def round_trip(self, timeout_s: int) -> None:
         """Wait until the server has taken all that was sent; raises nats-py's `errors.Error`."""
@@ -111,7 +127,34 @@ class GuardedClient(Client):
         """Call the subscription's handler no more."""
         self._direct.pop(subscription._id, None)
 
+    async def _read_loop(self) -> None:
+        self._take_frames_directly()
+        await super()._read_loop()
+
+    def _take_frames_directly(self) -> None:
+        """From now on messages do not pass nats-py's reader, whose loop has just begun; nor do they wait for
+        the end of a turn to be written."""
+        transport = self._transport
+        if not isinstance(transport, TcpTransport) or transport._io_writer is None:
+            return
+        connection = transport._io_writer.transport
+        connection.set_write_buffer_limits(high=0)  # else uvloop gathers until the end of a turn
+        inner = connection.get_protocol()
+        if not isinstance(inner, asyncio.Protocol) or transport._io_reader is None:
+            return
+        frames = FrameProtocol(inner, connection, self._take)
+        connection.set_protocol(frames)
+        come: bytearray = transport._io_reader._buffer  # type: ignore[attr-defined]  # before this task began
+        data = bytes(come)
+        come.clear()
+        if data:
+            frames.data_received(data)
+
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+        self._take(sid, subject, reply, data, headers)
+
+    def _take(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+        """A message came."""
         handler = self._direct.get(sid)
         if handler is None:  # unsubscribed meanwhile
             return

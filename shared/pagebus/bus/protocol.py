@@ -129,6 +129,12 @@ class Bus(Protocol):
         Raises `NotConnectedError`, `PayloadTooLargeError`, `InvalidMessageError`.
         """
 
+    def publish_now(
+        self, subject: str, data: bytes, *, reply: str = "", headers: Mapping[str, str] | None = None
+    ) -> bool:
+        """As `publish`, before this returns; False, and nothing sent, where `publish` would wait for a bus
+        that is far behind. Raises as `publish` does."""
+
     async def request(self, subject: str, data: bytes, *, timeout_s: float) -> Msg:
         """Send and wait for one answer.
 

@@ -34,6 +34,18 @@ class Choice:
             self.ids.extend(unpack_ids(packed))
         return True
 
+    def take_packed(self, index: int, packed: bytes, is_told: bool) -> bool:
+        """Take packed ids in that begin at `index`; False, and nothing taken, where they are not simply the
+        next ids of an open choice that its owner wants. `is_told`: nothing of it waits to be told."""
+        ids = self.ids
+        if index != len(ids) or self.finish_reason is not None or self.is_unwanted:
+            return False
+        if (is_told and index != self.num_told) or not self.append_packed(packed):
+            return False
+        if is_told:
+            self.num_told = len(ids)
+        return True
+
     def news(self, index: int, at_least: int) -> NewTokens | None:
         """What was not told yet of choice number `index`, where it is at least so many ids, or the first."""
         start, num_new = self.num_told, len(self.ids) - self.num_told

@@ -4,8 +4,6 @@ Knows the bus and the pure `RequestState`; nothing of text, HTTP or who else ser
 """
 
 import asyncio
-import heapq
-import itertools
 import logging
 import random
 from collections import Counter
@@ -13,7 +11,18 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
 from pagebus.bus import messages, subjects
-from pagebus.bus.messages import Accepted, Cancel, DecodeError, Failed, Heartbeat, Message, Rejected, Tokens
+from pagebus.bus.messages import (
+    Accepted,
+    Cancel,
+    DecodeError,
+    Failed,
+    Heartbeat,
+    Message,
+    Rejected,
+    TokenRow,
+    Tokens,
+    unpack_ids,
+)
 from pagebus.bus.protocol import Bus, Msg, Subscription
 from pagebus.requester.cancelled import Cancelled
 from pagebus.requester.events import Event, NewTokens, RequestFailed, RequestSpec, check
@@ -21,6 +30,7 @@ from pagebus.requester.gathering import Gathering
 from pagebus.requester.outbox import Outbox, Outgoing
 from pagebus.requester.ownership import LIVE, NOT_HERE, read_probe
 from pagebus.requester.state import RequestState
+from pagebus.requester.timers import Timers
 from pagebus.requester.timing import NEVER, Timing
 
 _log = logging.getLogger(__name__)
@@ -28,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class _Live:
-    """A request that runs: its state, its listener, and when the timer looks at it next."""
+    """A request that runs: its state, its listener, and when the timer looks at it next (`timers.py`)."""
 
     state: RequestState
     on_event: Callable[[Event], None]
@@ -105,9 +115,7 @@ class Requester:
         self._subscriptions: list[Subscription] = []
         self._outbox = Outbox(bus, self.counters)
         self._gathering = Gathering(stream_interval, self._tell_news)
-        self._timers: list[tuple[float, int, str]] = []  # ids: what ended is held no longer
-        self._order = itertools.count()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timers = Timers(self._live, self._act)
         self._is_closed = False
 
     async def start(self) -> None:
@@ -130,8 +138,7 @@ class Requester:
             self._tell_news(live)
             self._finish(live, live.state.cancel())
             self._deliver(live, RequestFailed("shutting_down", "this server is stopping"))
-        if self._timer is not None:
-            self._timer.cancel()
+        self._timers.close()
         for subscription in self._subscriptions:
             await subscription.unsubscribe()
         await self._outbox.close()
@@ -234,15 +241,22 @@ class Requester:
         epoch, gathering = tokens.epoch, self._gathering
         for row in tokens.rows:
             live = self._live.get(row.request_id)
-            if live is not None and live.state.take_next(row, epoch, now_s):
+            if live is not None:
                 if gathering.is_on:
-                    gathering.add(live)
-                elif (event := live.state.news_of(row.choice)) is not None:
-                    self._deliver(live, event)
-            elif (live := self._known(row, now_s)) is not None:
-                self._tell_news(live)
-                event = live.state.on_row(row, tokens.epoch, now_s)
-                self._tell(live, () if event is None else (event,))
+                    if live.state.take_next(row, epoch, now_s):
+                        gathering.add(live)
+                        continue
+                elif live.state.take_next(row, epoch, now_s, is_told=True):
+                    self._deliver(live, NewTokens(row.choice, row.index, unpack_ids(row.ids)))
+                    continue
+            self._take_row(row, epoch, now_s)
+
+    def _take_row(self, row: TokenRow, epoch: int, now_s: float) -> None:
+        """A row that is not simply the next ids of somebody here."""
+        if (live := self._known(row, now_s)) is not None:
+            self._tell_news(live)
+            event = live.state.on_row(row, epoch, now_s)
+            self._tell(live, () if event is None else (event,))
 
     def _on_probe(self, msg: Msg) -> None:
         """An executor asks whether anybody is here, or another owner of requests about one of them."""
@@ -299,7 +313,7 @@ class Requester:
         )
         self._watch(live)
 
-    def _known(self, row: messages.TokenRow | messages.PromptRow, now_s: float) -> _Live | None:
+    def _known(self, row: TokenRow | messages.PromptRow, now_s: float) -> _Live | None:
         """Whose row it is. Where nobody here holds the request, say so, once a second at most."""
         live = self._live.get(row.request_id)
         if live is None:
@@ -349,37 +363,10 @@ class Requester:
         if live.state.has_ended and self._live.get(request_id) is live:
             del self._live[request_id]
 
-    # The timer: one heap entry a request; one that became due later is put back when it comes up
+    # The timer
 
     def _watch(self, live: _Live) -> None:
-        due_s = live.state.due_s
-        if due_s >= live.timer_s:
-            return
-        live.timer_s = due_s
-        entry = (due_s, next(self._order), live.state.spec.request_id)
-        heapq.heappush(self._timers, entry)
-        if self._timers[0] is entry:
-            self._set_timer()
-
-    def _set_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._timers and not self._is_closed:
-            self._timer = self._loop.call_at(self._timers[0][0], self._on_timer)
-
-    def _on_timer(self) -> None:
-        now_s = self._loop.time()
-        while self._timers and self._timers[0][0] <= now_s:
-            due_s, _, request_id = heapq.heappop(self._timers)
-            live = self._live.get(request_id)
-            if live is None or due_s != live.timer_s or live.state.has_ended:
-                continue  # it ended, or an earlier entry replaced this one
-            live.timer_s = NEVER
-            if live.state.due_s <= now_s:
-                self._act(live, now_s)
-            self._watch(live)
-        self._set_timer()
+        self._timers.watch(live, live.state.spec.request_id)
 
     def _act(self, live: _Live, now_s: float) -> None:
         failure = live.state.expire(now_s)

@@ -47,7 +47,7 @@ def check(spec: RequestSpec) -> None:
         raise ValueError("a request has at least one choice and one token")
 
 
-class NewTokens(msgspec.Struct, frozen=True):
+class NewTokens(msgspec.Struct, frozen=True, gc=False):
     """New ids of a choice: each id exactly once and in order; `index` is the first one's.
 
     A finish reason ends the choice (`ids` may then be empty)."""

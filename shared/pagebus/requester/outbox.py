@@ -1,4 +1,5 @@
-"""Sends one process's messages by one task, in order. What cannot be sent now is lost, as on a wire."""
+"""Sends one process's messages in order, at once where the bus takes them, else by a task. What cannot be
+sent now is lost, as on a wire."""
 
 import asyncio
 import logging
@@ -31,6 +32,7 @@ class Outbox:
         self._messages: deque[Outgoing] = deque()
         self._has_messages = asyncio.Event()
         self._sender: asyncio.Task[None] | None = None
+        self._is_sending = False  # the task has a message that is not sent yet
 
     @property
     def is_open(self) -> bool:
@@ -52,6 +54,17 @@ class Outbox:
 
     def put(self, outgoing: Outgoing) -> None:
         """Send it after all that was put in before."""
+        if self._sender is not None and not self._messages and not self._is_sending:
+            try:
+                is_sent = self._bus.publish_now(
+                    outgoing.subject, outgoing.data, headers=outgoing.headers or None
+                )
+            except BusError as error:
+                is_sent = isinstance(error, NotConnectedError)
+                self._counters["unsent"] += is_sent  # lost: the timer or the reconnect asks again
+            if is_sent:
+                return
+        # Whoever is told that a message cannot be sent is told later: it has not got its ticket yet.
         self._messages.append(outgoing)
         self._has_messages.set()
 
@@ -63,6 +76,7 @@ class Outbox:
                 await self._send(self._messages.popleft())
 
     async def _send(self, outgoing: Outgoing) -> None:
+        self._is_sending = True
         try:
             await self._bus.publish(outgoing.subject, outgoing.data, headers=outgoing.headers or None)
         except NotConnectedError:
@@ -74,3 +88,5 @@ class Outbox:
             _log.error("a message cannot be sent: %s", error)
             self._counters["refused"] += 1
             outgoing.on_refused(RequestFailed("internal_error", "the request cannot be sent"))
+        finally:
+            self._is_sending = False

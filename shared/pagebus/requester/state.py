@@ -218,19 +218,17 @@ class RequestState:
 
     # What arrives
 
-    def take_next(self, row: TokenRow, epoch: int, now_s: float) -> bool:
-        """Take in what `news` tells of an ordinary row, one of nothing but ids at the next index of an open
-        choice; False leaves everything to `on_row`. No time at which anything is due comes nearer by it."""
+    def take_next(self, row: TokenRow, epoch: int, now_s: float, *, is_told: bool = False) -> bool:
+        """Take in an ordinary row, one of nothing but ids at the next index of an open choice; False leaves
+        everything to `on_row`. `is_told`: the caller tells its ids now, else `news` does later. No time at
+        which anything is due comes nearer by it."""
         if row.attempt != self.attempt or self.has_ended or not 0 <= row.choice < len(self._choices):
             return False
         if row.finish_reason is not None or row.logprobs is not None or row.num_cached is not None:
             return False
         if epoch < self._epoch or not self._prompt_part.is_told:
             return False
-        choice = self._choices[row.choice]
-        if choice.finish_reason is not None or row.index != len(choice.ids):
-            return False
-        if not choice.append_packed(row.ids):
+        if not self._choices[row.choice].take_packed(row.index, row.ids, is_told):
             return False
         self._is_acknowledged = True
         self._last_sign_s = now_s
@@ -241,10 +239,6 @@ class RequestState:
         if self._running_since_s != NEVER:
             self._running_since_s = now_s
         return True
-
-    def news_of(self, index: int) -> NewTokens | None:
-        """What `take_next` took of one choice and nobody was told yet."""
-        return None if self._is_cancelled else self._choices[index].news(index, 1)
 
     def news(self, at_least: int = 1) -> list[NewTokens]:
         """What `take_next` took and nobody was told yet, of each choice that has at least so many ids of it;

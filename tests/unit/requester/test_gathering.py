@@ -3,6 +3,7 @@ nothing."""
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -12,7 +13,7 @@ from pagebus.bus.memory import MemoryBus
 from pagebus.bus.messages import Failed, TokenRow, Tokens, encode, pack_ids
 from pagebus.requester.client import Requester
 from pagebus.requester.events import Event, NewTokens, RequestFailed, RequestSpec
-from pagebus.requester.gathering import MOST_S, Gathering
+from pagebus.requester.gathering import MOST_A_TURN, Gathering
 
 MODEL = "m"
 
@@ -179,12 +180,32 @@ class _Request:
 
 
 async def test_a_stream_of_messages_that_does_not_end_is_told_in_between():
-    times: list[float] = []
-    loop = asyncio.get_running_loop()
-    gathering: Gathering[_Request] = Gathering(0, lambda request, at_least: times.append(loop.time()))
-    request, began_s = _Request(), loop.time()
-    while loop.time() < began_s + 5 * MOST_S:
-        gathering.add(request)
+    """No turn tells more than its share, so that messages are taken in between; nobody is passed over."""
+    told_ids: list[int] = []
+    gathering: Gathering[_Request] = Gathering(0, lambda request, at_least: told_ids.append(id(request)))
+    requests = [_Request() for _ in range(3 * MOST_A_TURN + 5)]
+    for turn in range(8):
+        for request in requests:  # all of them have news again
+            gathering.add(request)
         await asyncio.sleep(0)
-    assert len(times) >= 2
-    assert times[0] - began_s < 4 * MOST_S
+        assert len(told_ids) == (turn + 1) * MOST_A_TURN
+    times_told = Counter(told_ids)
+    assert {times_told[id(request)] for request in requests} == {2, 3}
+
+
+async def test_a_request_that_cannot_be_told_keeps_no_other_waiting():
+    told_requests: list[_Request] = []
+
+    def tell(request: _Request, at_least: int) -> None:
+        if request is broken:
+            raise RuntimeError
+        told_requests.append(request)
+
+    broken, good = _Request(), _Request()
+    gathering: Gathering[_Request] = Gathering(0, tell)
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+    gathering.add(broken)
+    gathering.add(good)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert told_requests == [good]

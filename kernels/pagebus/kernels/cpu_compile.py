@@ -32,6 +32,7 @@ _DIGEST_BYTES = 32
 _lock = threading.Lock()
 _running: dict[Kind, "Compilation"] = {}
 _loaded: dict[Kind, ctypes.CDLL | None] = {}
+_late: set[Kind] = set()  # what was wanted before it was there
 
 
 class Compilation(threading.Thread):
@@ -76,8 +77,8 @@ def start(kind: Kind) -> Compilation | None:
 def load(kind: Kind, timeout_s: float) -> ctypes.CDLL | None:
     """The kernels for weights of this kind, compiled now if need be; None where there are none in time.
 
-    What was answered once stays the answer of this process: a model never changes its kernels half-way. A
-    compiler that takes longer than `timeout_s` goes on, for the next start.
+    What was answered once stays the answer, until `take_late`: a model never changes its kernels half-way. A
+    compiler that takes longer than `timeout_s` goes on.
     """
     compilation = start(kind)
     if compilation is not None:
@@ -94,7 +95,8 @@ def _load(kind: Kind, compilation: Compilation | None) -> ctypes.CDLL | None:
         _log.warning("no C++ compiler (g++) here: the model runs on torch's own operators, which is slower")
         return None
     if compilation is not None and compilation.is_alive():
-        _log.warning("the CPU's kernels are still being compiled: the next start is faster than this one")
+        _log.info("the CPU's kernels are still being compiled: until then torch's own operators answer")
+        _late.add(compilation.kind)
         return None
     if compilation is not None and compilation.path is None:
         return None
@@ -105,6 +107,24 @@ def _load(kind: Kind, compilation: Compilation | None) -> ctypes.CDLL | None:
         _log.warning("the CPU's compiled kernels cannot be loaded: %s", error)
         return None
     return library
+
+
+def is_late() -> bool:
+    """Whether a model does without kernels that were being compiled when it wanted them."""
+    return bool(_late)
+
+
+def has_come() -> bool:
+    """Whether all that was late is compiled by now."""
+    return bool(_late) and all(_running[kind].path is not None for kind in _late)
+
+
+def take_late() -> None:
+    """From now on `load` finds what was late: to be called where a model is loaded anew."""
+    with _lock:
+        for kind in _late:
+            del _loaded[kind], _running[kind]
+        _late.clear()
 
 
 def find_compiler() -> str | None:

@@ -24,8 +24,8 @@ _PAGE_KINDS = {torch.int8: 1, torch.float8_e4m3fn: 2}
 """The kernels' numbers of pages that have peaks."""
 
 _PATIENCE_VARIABLE = "PAGEBUS_COMPILE_WAIT_S"
-_PATIENCE_S = "5"
-"""What a start waits for the compiler, which began before torch was imported: answering comes first."""
+_PATIENCE_S = "1"
+"""What a start waits for the compiler, which began before torch was imported. Then models go without."""
 
 
 class LinearStruct(ctypes.Structure):

@@ -5,6 +5,7 @@ Owns no state of plans (the worker's thread does) and no tensors.
 
 import asyncio
 import contextlib
+import gc
 import logging
 import sys
 import time
@@ -31,10 +32,8 @@ from pagebus.bus.protocol import (
     RequestTimeoutError,
     Subscription,
 )
-from pagebus.executor.batch import Runner
-from pagebus.executor.cpu_start import begin_compiling
+from pagebus.executor.building import Build, build, until_outgrown
 from pagebus.executor.endings import Endings
-from pagebus.executor.fake import build_fake_runner
 from pagebus.executor.liveness import Answer, Probes
 from pagebus.executor.reports import REPEAT_INTERVAL_S, Outbox, Report
 from pagebus.executor.step_loop import Acknowledge, Event, HelloWanted, Ready, Stopped
@@ -54,18 +53,6 @@ LAST_STEP_S = 2.0
 DRAIN_POLL_S = 0.02
 # The default of 5 ms is as long as a step: a thread that wants the interpreter back would wait for it.
 SWITCH_INTERVAL_S = 1e-4
-
-Build = Callable[[ExecutorSettings, Path], Runner]
-
-
-def build(settings: ExecutorSettings, path: Path) -> Runner:
-    """The model of `settings`: the fake one, or the one in directory `path`."""
-    if settings.fake:
-        return build_fake_runner(settings)
-    begin_compiling(settings, path)
-    from pagebus.executor.model_runner import build_runner  # loads torch: not for the fake model
-
-    return build_runner(settings, path)
 
 
 async def run(
@@ -90,9 +77,13 @@ async def run(
     switch_interval_s = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
-        service = _Service(settings, bus, path, name, build, clock, make_steps)
-        service.on_ready, service.on_hang = on_ready, on_hang
-        await service.serve(stop)
+        is_outgrown = True
+        while is_outgrown:  # once more, as a new executor, where a model can have better kernels now
+            service = _Service(settings, bus, path, name, build, clock, make_steps)
+            service.on_ready, service.on_hang = on_ready, on_hang
+            is_outgrown = await service.serve(stop)
+            del service
+            gc.collect()  # the model's memory
     finally:
         sys.setswitchinterval(switch_interval_s)
 
@@ -140,8 +131,8 @@ class _Service:
         self.on_ready: Callable[[], None] = lambda: None
         self.on_hang: Callable[[], None] = end_process
 
-    async def serve(self, stop: asyncio.Event) -> None:
-        """Load, subscribe, serve, drain: in this order."""
+    async def serve(self, stop: asyncio.Event) -> bool:
+        """Load, subscribe, serve, drain: in this order. True where that is to be done once more."""
         self._worker.start()
         subscriptions: list[Subscription] = []
         stopping = asyncio.create_task(_until(stop))
@@ -150,7 +141,7 @@ class _Service:
             ready = self._ready
             if ready is None:
                 self._raise_worker_error()
-                return
+                return False
             subscriptions.append(await self._bus.subscribe(subjects.plan(self._name), self._on_plan))
             heartbeats = subjects.heartbeat(self._model)
             subscriptions.append(await self._bus.subscribe(heartbeats, self._on_heartbeat))
@@ -159,9 +150,12 @@ class _Service:
             works = (self._publish(), self._greet(ready), self._repeat(), self._probe(), self._watch())
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(work) for work in works]
-                await asyncio.wait({stopping, self._stopped}, return_when=asyncio.FIRST_COMPLETED)
+                outgrown = group.create_task(until_outgrown(lambda: self._worker.view.num_live))
+                ends = {stopping, self._stopped, outgrown}
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                is_outgrown = outgrown.done()
                 await self._drain()
-                for task in tasks:
+                for task in (*tasks, outgrown):
                     task.cancel()
             if self._worker_error is None:  # else it died, perhaps of what it ran: it must look like that
                 await self._send(self._hello_subject, self._hello(ready, "left"))
@@ -171,6 +165,7 @@ class _Service:
             for subscription in subscriptions:
                 await subscription.unsubscribe()
         self._raise_worker_error()
+        return is_outgrown and not stop.is_set()
 
     async def _load(self, stopping: asyncio.Task[None]) -> None:
         """Say each second that the model loads, until it is there, or never will be."""

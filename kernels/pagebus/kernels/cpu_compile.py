@@ -80,6 +80,8 @@ def load(kind: Kind, timeout_s: float) -> ctypes.CDLL | None:
     What was answered once stays the answer, until `take_late`: a model never changes its kernels half-way. A
     compiler that takes longer than `timeout_s` goes on.
     """
+    if kind in _loaded:
+        return _loaded[kind]
     compilation = start(kind)
     if compilation is not None:
         compilation.join(timeout_s)

@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,9 @@ def test_a_slow_compiler_is_not_waited_for(
     slow.chmod(0o700)
     monkeypatch.setenv("CXX", str(slow))
     assert cpu_compile.load("float", 0.1) is None
+    began_s = time.monotonic()
+    assert cpu_compile.load("float", 60.0) is None, "what was answered stays"
+    assert time.monotonic() - began_s < 1.0, "each weight waits again"
     assert cpu_compile.is_late()
     cpu_compile._running["float"].join(60)
     assert not cpu_compile.has_come(), "a compiler that failed made something"

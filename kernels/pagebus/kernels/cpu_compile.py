@@ -28,6 +28,8 @@ _FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-shared", "-pthread", 
 _COMPILERS = ("g++", "c++", "clang++")
 _TIMEOUT_S = 300.0
 _DIGEST_BYTES = 32
+_NOWHERE = (OSError, subprocess.SubprocessError, RuntimeError)
+"""What a place for libraries may raise; RuntimeError: there is no home directory."""
 
 _lock = threading.Lock()
 _running: dict[Kind, "Compilation"] = {}
@@ -48,9 +50,11 @@ class Compilation(threading.Thread):
     def run(self) -> None:
         try:
             self.path = _compile(self.kind, self._compiler, self._target)
+        except subprocess.CalledProcessError as error:
+            text = error.stderr.strip()[:300] or f"{self._compiler} ended with {error.returncode}"
+            _log.warning("the CPU's kernels were not compiled: %s", text)
         except (OSError, subprocess.SubprocessError) as error:
-            text = getattr(error, "stderr", None) or str(error)
-            _log.warning("the CPU's kernels were not compiled: %s", str(text).strip()[:300])
+            _log.warning("the CPU's kernels were not compiled: %s", str(error)[:300])
 
 
 def start(kind: Kind) -> Compilation | None:
@@ -63,8 +67,9 @@ def start(kind: Kind) -> Compilation | None:
             return None
         try:
             target = library_path(kind, compiler)
-        except OSError as error:
-            _log.warning("no place to keep compiled kernels: %s", error)
+        except _NOWHERE as error:
+            _log.warning("no place to keep compiled kernels, torch's slower operators serve: %s", error)
+            _loaded[kind] = None  # said once
             return None
         if _is_whole(target):
             return None
@@ -105,7 +110,7 @@ def _load(kind: Kind, compilation: Compilation | None) -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(library_path(kind, compiler)))
         _log.info("compiled kernels for %s: %s", kind, library._name)
-    except OSError as error:
+    except _NOWHERE as error:
         _log.warning("the CPU's compiled kernels cannot be loaded: %s", error)
         return None
     return library
@@ -142,7 +147,8 @@ def library_path(kind: Kind, compiler: str) -> Path:
     for source in sorted(_SOURCES.iterdir()):
         if source.suffix in (".h", ".cpp"):
             digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=False)
+    asked = [compiler, "--version"]
+    version = subprocess.run(asked, capture_output=True, text=True, errors="replace", timeout=30, check=False)
     digest.update("\0".join((*_flags(kind), compiler, version.stdout, _processor())).encode())
     return _cache_directory() / f"step-{kind}-{digest.hexdigest()[:24]}.so"
 
@@ -189,7 +195,9 @@ def _compile(kind: Kind, compiler: str, target: Path) -> Path:
         nice = shutil.which("nice")
         if nice is not None:
             command = [nice, "-n", "5", *command]
-        subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
+        subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S, check=True
+        )
         body = made.read_bytes()
         with made.open("ab") as file:  # a loader does not look behind the last section
             file.write(hashlib.sha256(body).digest())

@@ -50,24 +50,24 @@ def begin_compiling(settings: ExecutorSettings, path: Path) -> None:
 
 
 async def until_outgrown(num_live: Callable[[], int]) -> None:
-    """Return when kernels that came late are there, and no row has been here for a moment; else never.
+    """Return when kernels that came late are there, and no row has been here for a while; else never.
 
-    Rows keep the kernels that they began with, so a busy executor waits.
+    Rows keep the kernels that they began with, so a busy executor waits; after a minute any moment will do.
     """
     loop = asyncio.get_running_loop()
     while cpu_compile.is_late() and not cpu_compile.has_come():  # noqa: ASYNC110 - a thread's state
         await asyncio.sleep(_POLL_S)
     if not cpu_compile.is_late():
         await loop.create_future()
-    came_s = calm_s = loop.time()
+    came_s = busy_s = loop.time()
     is_told = False
-    while loop.time() < calm_s + _CALM_S:
-        await asyncio.sleep(_POLL_S)
+    while num_live() or not (is_told or loop.time() > busy_s + _CALM_S):
         if num_live():
-            calm_s = loop.time()
+            busy_s = loop.time()
         if not is_told and loop.time() > came_s + _TOLD_AFTER_S:
             is_told = True
             _log.info("compiled kernels are ready; they are taken as soon as no request is running")
+        await asyncio.sleep(_POLL_S)
     _log.info("the model is loaded anew, for compiled kernels")
     cpu_compile.take_late()
 

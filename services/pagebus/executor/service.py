@@ -261,6 +261,8 @@ class _Service:
             self._worker.hear(heartbeat.epoch)
 
     async def _on_reconnect(self) -> None:
+        if self._stopped.done():
+            return  # another one took this one's place
         self._hello_wanted.set()
         for subject, message in self._endings.kept:
             await self._send(subject, message)

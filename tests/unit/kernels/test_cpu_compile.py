@@ -106,9 +106,7 @@ def test_a_slow_compiler_is_not_waited_for(
 @needs_compiler
 def test_what_came_late_is_taken_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = tmp_path / "slow"
-    slow.write_text(
-        f'#!/bin/sh\n[ "$1" = --version ] || sleep 1\nexec {cpu_compile.find_compiler()} "$@"\n'
-    )
+    slow.write_text(f'#!/bin/sh\n[ "$1" = --version ] || sleep 1\nexec {cpu_compile.find_compiler()} "$@"\n')
     slow.chmod(0o700)
     monkeypatch.setenv("CXX", str(slow))
     assert cpu_compile.load("float", 0.0) is None

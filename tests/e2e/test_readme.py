@@ -1,10 +1,12 @@
 """The README's programs, run as they stand there, against a real `pagebus serve`."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,15 +63,26 @@ def sh_block(words: str) -> str:
     return str(block)
 
 
+def text_of(events: str) -> str:
+    """The content of a chat stream's events."""
+    chunks = [json.loads(data) for data in re.findall(r"^data: (\{.*\})$", events, re.MULTILINE)]
+    return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+
+
 @pytest.mark.needs("curl")
 def test_a_stream_goes_on(serve: Serve) -> None:
     run(serve, ["bash", "-c", sh_block("Last-Event-ID").replace("http://127.0.0.1:8000", serve.url)])
     first, rest = ((serve.runtime_dir / name).read_text() for name in ("first.txt", "rest.txt"))
     assert first.count("data: ") == 14
     assert rest.endswith("data: [DONE]\n\n")
-    ids = re.findall(r"^id: (.*)$", first + rest, re.MULTILINE)
-    assert ids[:14] == [str(number) for number in range(14)]
-    assert len(set(ids)) == len(ids)
+    ids = [int(number) for number in re.findall(r"^id: (\d+)$", first + rest, re.MULTILINE)]
+    assert ids == sorted(set(ids))  # tokens that arrived together are one event, named by its last
+    last = len(re.findall(r"^id: ", first, re.MULTILINE))
+    assert ids[last] > ids[last - 1]
+    (stream,) = set(re.findall(r"chatcmpl-[0-9a-f]+", first))
+    with urllib.request.urlopen(f"{serve.url}/v1/streams/{stream}", timeout=30) as answer:
+        whole = answer.read().decode()
+    assert text_of(first) + text_of(rest) == text_of(whole) != ""
 
 
 @pytest.mark.needs("curl")

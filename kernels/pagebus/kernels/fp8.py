@@ -18,7 +18,9 @@ def quantize(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`vectors` [..., dim] in e4m3, and their peaks [...] in float32: vector = stored * peak / MOST."""
     wide = vectors.float()
     peaks = wide.abs().amax(-1)
-    scaled = wide * (MOST / peaks.clamp(min=_LEAST_PEAK))[..., None]
+    # A number over a tensor is the number times a reciprocal, rounded twice: kernels divide.
+    scales = torch.full_like(peaks, MOST) / peaks.clamp(min=_LEAST_PEAK)
+    scaled = wide * scales[..., None]
     # A conversion alone makes NaN of what rounding has put above the largest value.
     return scaled.clamp(-MOST, MOST).to(DTYPE), peaks
 

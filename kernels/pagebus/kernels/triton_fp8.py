@@ -46,7 +46,7 @@ def _quantize(
         is_broken |= (values != values).to(tl.int32)
     peak = tl.where(tl.max(is_broken, 0) > 0, float("nan"), tl.max(largest, 0))  # a maximum passes over NaN
     tl.store(peaks + row, peak)
-    scale = MOST / tl.maximum(peak, 1e-30)
+    scale = tl.div_rn(tl.zeros_like(peak) + MOST, tl.maximum(peak, 1e-30))
     for start in range(0, DIM, BLOCK):
         at = start + tl.arange(0, BLOCK)
         values = tl.load(x + row * stride + at, mask=at < DIM, other=0.0).to(tl.float32) * scale

@@ -79,7 +79,7 @@ def _quantized(values, scale, peaks, peaks_at, is_head, IS_FP8: tl.constexpr, MO
         is_broken = tl.max((values != values).to(tl.int32), 1) > 0  # a maximum passes over NaN
         found = tl.where(is_broken, float("nan"), tl.max(tl.abs(values), 1))
         tl.store(peaks + peaks_at, found, mask=is_head)
-        values *= (MOST / tl.maximum(found, 1e-30))[:, None]
+        values *= tl.div_rn(tl.zeros_like(found) + MOST, tl.maximum(found, 1e-30))[:, None]
     if IS_FP8:  # a conversion alone would make NaN of what is too large
         values = on_e4m3_grid(tl.minimum(tl.maximum(values, -MOST), MOST))
     return values

@@ -14,6 +14,9 @@ NUM_STREAMS = 50
 SEED = 4
 SLACK = 2.0
 """The machine may be twice as slow as a quiet one of two cores; the full run allows for nothing."""
+MORE = 5
+"""Repetitions that judge a 99th percentile where the first ones alone, whose worst stream it is, missed it.
+Nothing else gets a second try, and what was slow counts."""
 
 
 def _layout(scenario: Scenario) -> str:
@@ -48,15 +51,18 @@ def test_the_fake_model_is_fast_enough(runner: asyncio.Runner) -> None:
 @pytest.mark.parametrize("scenario", _QUICK, ids=[one.name for one in _QUICK])
 def test_nothing_is_lost(scenario: Scenario, runner: asyncio.Runner, beds: Beds) -> None:
     row = Row(scenario.name, scenario.words, scenario.bars, slack=SLACK)
-    work = run(
-        scenario,
-        row,
-        beds,
-        repetitions=scenario.num_quick,
-        num_streams=NUM_STREAMS,
-        seed=SEED,
-        is_short=True,
-    )
-    runner.run(work)
+    for seed, repetitions in ((SEED, scenario.num_quick), (SEED + 1, MORE)):
+        work = run(
+            scenario,
+            row,
+            beds,
+            repetitions=repetitions,
+            num_streams=NUM_STREAMS,
+            seed=seed,
+            is_short=True,
+        )
+        runner.run(work)
+        if not row.missed or not all(missed.split()[0].endswith("_p99_s") for missed in row.missed):
+            break
     print(reached(row))
     assert not row.missed, "\n".join((*row.missed, reached(row), *row.details[:20]))

@@ -304,8 +304,8 @@ class NatsApi:
         """Repeat from memory what went to the readers of a request that runs here, or ended a moment ago."""
         running = self._live.get(identity)
         told = self._ended.get(identity) if running is None else running.told
-        if told is None or not told.can_tell(have):
-            return False
+        if told is None or not told.can_tell(have):  # about to begin: its first event comes to all
+            return running is not None and told is None and not any(have)
         take = self._events_to(identity, _Live(), told.details, have)
         self._context.generations.again(told.request, take, told.submit(have)).cancel()
         return True

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from itertools import chain, repeat
 from types import TracebackType
 from typing import Self
 
@@ -43,7 +44,10 @@ _GIVE_UP_S = 120.0
 _UNKNOWN_S = 10.0
 """How long gateways may say that they do not know the request: where it could not be stored, only the one
 that runs it does."""
-_ACCEPT_TIMEOUT_S = 5.0
+_BEGIN_TIMEOUT_S = 1.0
+_JOIN_TIMEOUTS_S = (0.5, 1.0, 2.0, 5.0)
+"""How long an answer may take, and from the last one on always so long: it may be lost, or just slow."""
+_AGAIN_S = 0.1
 _MAX_EVENTS_BEHIND = 100_000
 _PASSING = frozenset({"server_shutting_down", "not_ready"})
 """Errors of one gateway that another one, or the same one later, does not have."""
@@ -167,6 +171,7 @@ class Client:
             try:
                 yield follower
             finally:
+                await follower.close()
                 with contextlib.suppress(Exception):
                     await subscription.unsubscribe()
         finally:
@@ -178,7 +183,7 @@ class Client:
 
 
 class _Follower:
-    """One request's events as they come, with a bounded buffer, and its joining again."""
+    """One request's events as they come, with a bounded buffer, and its joining again beside them."""
 
     def __init__(
         self,
@@ -198,6 +203,10 @@ class _Follower:
         self._give_up_s = give_up_s
         self._unknown_since_s: float | None = None
         self._queue: asyncio.Queue[AnyApiEvent | None] = asyncio.Queue(_MAX_EVENTS_BEHIND)
+        self._last_sign_s = asyncio.get_running_loop().time()
+        self._joining: asyncio.Task[None] | None = None
+        self._is_doubted = False  # since the last joining was sent
+        self._failure: GenerationError | None = None
 
     def take(self, msg: Msg) -> None:
         """The next event, from the bus."""
@@ -205,25 +214,32 @@ class _Follower:
             self._queue.put_nowait(msgspec.json.decode(msg.data, type=AnyApiEvent))
 
     def doubt(self) -> None:
-        """The connection was cut: something may be lost."""
-        with contextlib.suppress(asyncio.QueueFull):
-            self._queue.put_nowait(None)
+        """Something may be lost, as where the connection was cut: ask for what is missing."""
+        self._is_doubted = True
+        if self._joining is None or self._joining.done():
+            self._joining = asyncio.get_running_loop().create_task(self._join_again(), name="join again")
+
+    async def close(self) -> None:
+        """Ask no more."""
+        if self._joining is not None:
+            self._joining.cancel()
+            await asyncio.gather(self._joining, return_exceptions=True)
 
     async def begin(self) -> None:
         """Send the request; raises `GenerationError`."""
         try:
-            await self._send(self._body)
+            await self._send(self._body, _BEGIN_TIMEOUT_S)
         except NoRespondersError:
             model = self._subject.split(".")[2]
             raise _error(f"nobody serves the model {model} on this bus", "no_gateway") from None
         except (RequestTimeoutError, NotConnectedError):
-            await self._join_again()  # its gateway may have died with it, or taken it: either is found out
+            self.doubt()  # its gateway may have died with it, or taken it: either is found out
 
     async def events(self) -> AsyncIterator[ApiTokens]:
         """The tokens until the end, each once; raises `GenerationError`."""
         reading = self._reading
         loop = asyncio.get_running_loop()
-        last_sign_s = loop.time()
+        self._last_sign_s = loop.time()
         gap_pause_s, gap_at_s = _GAP_S, 0.0  # how long a gap may last, and when it has
         while True:
             now_s = loop.time()
@@ -231,18 +247,15 @@ class _Follower:
                 gap_pause_s, gap_at_s = _GAP_S, 0.0
             elif not gap_at_s:
                 gap_at_s = now_s + gap_pause_s
-            wait_s = max(0.0, gap_at_s - now_s) if gap_at_s else self._silence_s
-            event: AnyApiEvent | None = None
-            if wait_s > 0:
-                with contextlib.suppress(TimeoutError):
-                    event = await asyncio.wait_for(self._queue.get(), wait_s)
-            if event is None:
-                if loop.time() - last_sign_s > self._give_up_s:
-                    raise _error(f"no sign of life for {self._give_up_s:.0f} s", "silent")
-                last_sign_s = await self._join_again() or last_sign_s
+            try:
+                event = await self._next(gap_at_s - now_s if gap_at_s else self._silence_s)
+            except TimeoutError:
+                if loop.time() - self._last_sign_s > self._give_up_s:
+                    raise _error(f"no sign of life for {self._give_up_s:.0f} s", "silent") from None
+                self.doubt()
                 gap_pause_s, gap_at_s = min(2 * gap_pause_s, _MAX_GAP_PAUSE_S), 0.0
                 continue
-            last_sign_s = loop.time()
+            self._last_sign_s = loop.time()
             match event:
                 case ApiTokens():
                     for new in reading.take(event):
@@ -258,27 +271,47 @@ class _Follower:
                 case ApiAlive():
                     continue
 
-    async def _join_again(self) -> float | None:
-        """Ask for what is missing, at whichever gateway; when one answered, or None. Raises
-        `GenerationError` where nothing is kept of the request."""
-        body = {
-            **self._body,
-            "have": list(self._reading.have) or [0],
-            "have_prompt": self._reading.have_prompt,
-        }
-        try:
-            await self._send(body)
-        except GenerationError as error:
-            if not self._may_pass(error.error.code):
-                raise
-        except BusError:
-            pass
-        else:
-            self._unknown_since_s = None
-            return asyncio.get_running_loop().time()
-        await asyncio.sleep(_RETRY_S)
-        self.doubt()
-        return None
+    async def _next(self, wait_s: float) -> AnyApiEvent:
+        """The next event; raises `TimeoutError`, and `GenerationError` where none can come any more."""
+        while True:
+            if self._queue.empty() and self._failure is not None:
+                raise self._failure
+            async with asyncio.timeout(max(wait_s, 0.0) if self._queue.empty() else None):
+                event = await self._queue.get()
+            if event is not None:
+                return event
+
+    async def _join_again(self) -> None:
+        """Ask for what is missing, at whichever gateway, until one answers; events are read meanwhile, since
+        what is asked for comes beside the answer, and the answer alone may be lost."""
+        for timeout_s in chain(_JOIN_TIMEOUTS_S, repeat(_JOIN_TIMEOUTS_S[-1])):
+            self._is_doubted = False
+            body = {
+                **self._body,
+                "have": list(self._reading.have) or [0],
+                "have_prompt": self._reading.have_prompt,
+            }
+            try:
+                await self._send(body, timeout_s)
+            except GenerationError as error:
+                if not self._may_pass(error.error.code):
+                    self._failure = error
+                    with contextlib.suppress(asyncio.QueueFull):
+                        self._queue.put_nowait(None)
+                    return
+                await asyncio.sleep(_RETRY_S)
+            except RequestTimeoutError:
+                continue
+            except NotConnectedError:
+                await asyncio.sleep(_AGAIN_S)
+            except BusError:
+                await asyncio.sleep(_RETRY_S)
+            else:
+                self._unknown_since_s = None
+                self._last_sign_s = asyncio.get_running_loop().time()
+                if not self._is_doubted:
+                    return
+                await asyncio.sleep(_AGAIN_S)
 
     def _may_pass(self, code: str | None) -> bool:
         """Whether another gateway, or the same one later, may say something else."""
@@ -288,10 +321,8 @@ class _Follower:
         self._unknown_since_s = now_s if self._unknown_since_s is None else self._unknown_since_s
         return now_s - self._unknown_since_s < _UNKNOWN_S
 
-    async def _send(self, body: dict[str, object]) -> None:
-        answer = await self._bus.request(
-            self._subject, msgspec.json.encode(body), timeout_s=_ACCEPT_TIMEOUT_S
-        )
+    async def _send(self, body: dict[str, object], timeout_s: float) -> None:
+        answer = await self._bus.request(self._subject, msgspec.json.encode(body), timeout_s=timeout_s)
         event = msgspec.json.decode(answer.data, type=AnyApiEvent)
         if isinstance(event, ApiError):
             raise GenerationError(event.error)

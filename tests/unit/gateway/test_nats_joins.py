@@ -109,6 +109,38 @@ async def test_events_are_lost(tmp_path: Path, seed: int) -> None:
         reader.assert_exact(100)
 
 
+class LosingAnswers:
+    """Loses every answer to a client's requests, as if its server had died with it."""
+
+    def delays_s(self, subject: str, sender: str, receiver: str) -> tuple[float, ...]:
+        is_lost = subject.startswith("_INBOX.") and receiver.startswith("client-")
+        return () if is_lost else (0.0,)
+
+
+async def test_tokens_are_read_while_the_answer_to_a_join_is_lost(tmp_path: Path) -> None:
+    async with house(tmp_path, "one", "two") as built:
+        reader = Reader(built)
+        running = asyncio.create_task(reader.run(max_tokens=100))
+        await until(reader, 10)
+        built.broker.faults = LosingAnswers()
+        reader.bus.disconnect()
+        await asyncio.sleep(0.1)
+        reader.bus.reconnect()
+        async with asyncio.timeout(2):  # the first answer alone is waited for half a second, the second one
+            await running
+        reader.assert_exact(100)
+        assert {generate.attempt for generate in built.server.generates} == {1}
+
+
+async def test_a_request_whose_answer_is_lost_begins_once(tmp_path: Path) -> None:
+    async with house(tmp_path, "one", "two") as built:
+        built.broker.faults = LosingAnswers()
+        reader = Reader(built)
+        await asyncio.wait_for(reader.run(max_tokens=400), 15)
+        reader.assert_exact(400)
+        assert len(built.server.generates) == 1
+
+
 async def test_an_id_is_in_use_everywhere_until_it_ended(tmp_path: Path) -> None:
     async with house(tmp_path, "one", "two") as built:
         readers = [Reader(built) for _ in range(4)]

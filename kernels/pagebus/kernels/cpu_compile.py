@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -135,10 +136,20 @@ def take_late() -> None:
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler: CXX where it is set (empty: none), else the first on PATH."""
+    """The C++ compiler as a shell would be told: CXX where it is set (empty: none), which may be a program
+    and its arguments ("ccache g++"), else the first on PATH."""
     if (chosen := os.environ.get("CXX")) is not None:
-        return shutil.which(chosen) if chosen else None
+        program, *arguments = _words(chosen) or [""]
+        found = shutil.which(program) if program else None
+        return None if found is None else shlex.join((found, *arguments))
     return next((found for name in _COMPILERS if (found := shutil.which(name))), None)
+
+
+def _words(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError:  # a quote that is not closed
+        return []
 
 
 def library_path(kind: Kind, compiler: str) -> Path:
@@ -147,7 +158,7 @@ def library_path(kind: Kind, compiler: str) -> Path:
     for source in sorted(_SOURCES.iterdir()):
         if source.suffix in (".h", ".cpp"):
             digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    asked = [compiler, "--version"]
+    asked = [*_words(compiler), "--version"]
     version = subprocess.run(asked, capture_output=True, text=True, errors="replace", timeout=30, check=False)
     digest.update("\0".join((*_flags(kind), compiler, version.stdout, _processor())).encode())
     return _cache_directory() / f"step-{kind}-{digest.hexdigest()[:24]}.so"
@@ -191,7 +202,7 @@ def _compile(kind: Kind, compiler: str, target: Path) -> Path:
     """Compile into a file beside `target` and rename it: nobody ever sees a part of one."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="compiling-") as scratch:
         made = Path(scratch) / "library.so"
-        command = [compiler, *_flags(kind), "-o", str(made), str(_SOURCES / "step.cpp")]
+        command = [*_words(compiler), *_flags(kind), "-o", str(made), str(_SOURCES / "step.cpp")]
         nice = shutil.which("nice")
         if nice is not None:
             command = [nice, "-n", "5", *command]

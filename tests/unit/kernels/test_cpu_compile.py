@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -74,6 +75,27 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
     assert cpu_compile.load("float", 1) is None
     assert cpu_compile.load("float", 1) is None
     assert [record.message for record in caplog.records if "no C++ compiler" in record.message].__len__() == 1
+
+
+def test_a_compiler_and_its_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapper = tmp_path / "a cache"
+    wrapper.write_text('#!/bin/sh\nexec "$@"\n')
+    wrapper.chmod(0o700)
+    monkeypatch.setenv("CXX", f"'{wrapper}' sh -c 'exit 0'")
+    found = cpu_compile.find_compiler()
+    assert found is not None
+    assert shlex.split(found) == [str(wrapper), "sh", "-c", "exit 0"]
+    monkeypatch.setenv("CXX", "no-such-cache g++")
+    assert cpu_compile.find_compiler() is None
+    monkeypatch.setenv("CXX", "'g++")
+    assert cpu_compile.find_compiler() is None
+
+
+@needs_compiler
+def test_a_wrapped_compiler_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("CXX", f"env {cpu_compile.find_compiler()} -DUNUSED")
+    assert isinstance(cpu_compile.load("float", 300.0), ctypes.CDLL)
 
 
 def test_a_compiler_that_fails(

@@ -5,7 +5,10 @@ One thread writes (the one that runs steps), another one reads.
 
 import time
 
-_FORGETTING = 0.999  # what is left of an old slowest part with each newer one: a pause is not held against it
+_FORGETTING = 0.999  # what is left of an old slowest part with each newer one
+_LONGEST_S = 2.0
+"""A part that took longer counts as this: steps are made for a second or so, and a process that was stopped
+in one is not to be waited for five times as long when it hangs."""
 
 
 class Pulse:
@@ -28,7 +31,8 @@ class Pulse:
     def beat(self) -> None:
         """A part of the step is done."""
         now_s = time.monotonic()
-        self.slowest_s = max(now_s - self._beat_s, self.slowest_s * _FORGETTING)
+        part_s = min(now_s - self._beat_s, _LONGEST_S)
+        self.slowest_s = max(part_s, self.slowest_s * _FORGETTING)
         self._beat_s = now_s
         self.count += 1
 

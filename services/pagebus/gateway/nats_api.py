@@ -8,16 +8,16 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
 import msgspec
-from msgspec import Meta
 
 from pagebus.bus import subjects
 from pagebus.bus.messages import ApiAlive, ApiCancel, ApiEvent
 from pagebus.bus.protocol import Bus, BusError, Msg, Subscription
 from pagebus.gateway import chat, completions, errors
 from pagebus.gateway.api_events import done_event, error_event, only_the_end, prompt_events, tokens_event
+from pagebus.gateway.api_head import ApiHead, read_head
 from pagebus.gateway.api_outbox import ApiOutbox, Readers
 from pagebus.gateway.api_told import Ended, Told
 from pagebus.gateway.context import GatewayContext
@@ -32,9 +32,8 @@ from pagebus.gateway.generation_events import (
 )
 from pagebus.gateway.generations import Submit
 from pagebus.gateway.jobs import check_told
-from pagebus.gateway.limits import MAX_CHOICES
 from pagebus.gateway.logprob_shapes import LogprobWriter
-from pagebus.gateway.openai_types import ChatRequest, CompletionRequest, TokenCount
+from pagebus.gateway.openai_types import ChatRequest, CompletionRequest
 from pagebus.gateway.refusals import refuse_unserved_chat, refuse_unserved_completion
 from pagebus.gateway.relay import Relay
 from pagebus.gateway.relay_parts import Change
@@ -51,19 +50,10 @@ MAX_LIVE = 4096
 ALIVE_INTERVAL_S = 2.0
 ELSEWHERE_S = 0.2
 """How long the other gateways may take to say that they run a request."""
+FIND_S = 0.2
+"""How long a request that may as well begin waits for its record."""
 
 _Request = TypeVar("_Request")
-
-
-class _Head(msgspec.Struct, frozen=True, kw_only=True):
-    """What decides how a request is read. `have`: a running request is joined again by somebody who has so
-    many tokens of each choice, and so many places of the prompt's log-probabilities."""
-
-    id: str
-    messages: msgspec.Raw = msgspec.Raw(b"null")
-    prompt: msgspec.Raw = msgspec.Raw(b"null")
-    have: Annotated[list[TokenCount], Meta(min_length=1, max_length=MAX_CHOICES)] | None = None
-    have_prompt: TokenCount = 0
 
 
 class _Live:
@@ -150,8 +140,10 @@ class NatsApi:
         """One request: whatever goes wrong with it is answered, and touches no other."""
         identity, is_own = "", False
         try:
-            head = self._head(msg.data)
+            head = read_head(msg.data, self._context.max_body_bytes)
             identity = head.id
+            if len(self._live) >= MAX_LIVE:
+                raise errors.ApiError(429, f"{MAX_LIVE} requests are running here", code="queue_full")
             if head.have is not None and await self._join(head, head.have):
                 self._answer(msg, ApiAlive(id=identity))
                 return
@@ -175,20 +167,7 @@ class NatsApi:
             fault = errors.ApiError(500, "the gateway failed to process this request")
             self._refuse(msg, identity, fault, is_own=is_own)
 
-    def _head(self, data: bytes) -> _Head:
-        if len(data) > self._context.max_body_bytes:
-            raise errors.ApiError(413, f"the request exceeds {self._context.max_body_bytes} bytes")
-        try:
-            head = msgspec.json.decode(data, type=_Head)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise errors.from_decode_error(error) from None
-        if not subjects.is_part(head.id):
-            raise errors.invalid("id must match [A-Za-z0-9_-]{1,64}", "id")
-        if len(self._live) >= MAX_LIVE:
-            raise errors.ApiError(429, f"{MAX_LIVE} requests are running here", code="queue_full")
-        return head
-
-    async def _start(self, head: _Head, msg: Msg, live: _Live) -> None:
+    async def _start(self, head: ApiHead, msg: Msg, live: _Live) -> None:
         context = self._context
         trace = context.telemetry.start_request(
             "process pagebus.api.generate", msg.headers, {"messaging.system": "nats"}
@@ -246,23 +225,26 @@ class NatsApi:
         generation = generation_request(context, "", request, ids, sampling, request.max_tokens, default)
         return generation, details
 
-    async def _join(self, head: _Head, have: list[int]) -> bool:
+    async def _join(self, head: ApiHead, have: list[int]) -> bool:
         """Tell again what somebody missed of a stored request, and own it if its owner is gone. False where
         nothing is known of the request and nothing was missed: it may begin. Raises `ApiError`."""
         context, streams = self._context, self._context.streams
         relay: Relay | None = None
         if self._tell_again(head.id, have) or await self._is_told_elsewhere(head, have):
             return True
+        may_begin = head.has_prompt and not any(have) and head.id not in self._live
         if streams is not None:
             try:
-                relay = await streams.find_api("", head.id)
-            except BusError as error:
+                async with asyncio.timeout(FIND_S if may_begin and head.has_seed else None):
+                    relay = await streams.find_api("", head.id)
+            except (BusError, TimeoutError) as error:
+                if may_begin and head.has_seed:  # if it runs, it makes the same tokens
+                    return False
                 raise errors.ApiError(
                     503, f"stored streams cannot be reached: {error}", code="not_ready"
                 ) from None
         if relay is None or streams is None:
-            is_complete = bytes(head.messages) != b"null" or bytes(head.prompt) != b"null"
-            if is_complete and not any(have) and head.id not in self._live:
+            if may_begin:
                 return False
             raise errors.ApiError(404, f"nothing is kept of request {head.id}", code="stream_not_found")
         record = relay.record
@@ -283,7 +265,7 @@ class NatsApi:
         relay.start()
         return True
 
-    async def _is_told_elsewhere(self, head: _Head, have: list[int]) -> bool:
+    async def _is_told_elsewhere(self, head: ApiHead, have: list[int]) -> bool:
         """Whether another gateway runs the request and tells its reader what is missing."""
         if head.id in self._live:
             return False
@@ -296,7 +278,7 @@ class NatsApi:
 
     def _on_joined_elsewhere(self, msg: Msg) -> None:
         with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError, errors.ApiError):
-            head = msgspec.json.decode(msg.data, type=_Head)
+            head = msgspec.json.decode(msg.data, type=ApiHead)
             if head.have is not None and self._tell_again(head.id, head.have):
                 self._answer(msg, ApiAlive(id=head.id))
 

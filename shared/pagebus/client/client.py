@@ -44,13 +44,14 @@ _GIVE_UP_S = 120.0
 _UNKNOWN_S = 10.0
 """How long gateways may say that they do not know the request: where it could not be stored, only the one
 that runs it does."""
-_BEGIN_TIMEOUT_S = 1.0
+_BEGIN_TIMEOUT_S = 0.5
 _JOIN_TIMEOUTS_S = (0.5, 1.0, 2.0, 5.0)
 """How long an answer may take, and from the last one on always so long: it may be lost, or just slow."""
 _AGAIN_S = 0.1
 _MAX_EVENTS_BEHIND = 100_000
 _PASSING = frozenset({"server_shutting_down", "not_ready"})
 """Errors of one gateway that another one, or the same one later, does not have."""
+_SEED_BITS = 63
 
 Parameter = str | int | float | bool | None | Sequence[str] | Sequence[int] | Mapping[str, float]
 
@@ -126,6 +127,8 @@ class Client:
         """
         identity = request_id or secrets.token_hex(16)
         body: dict[str, object] = {"id": identity, **parameters}
+        if body.get("seed") is None:  # so that it may begin again: it gives the same tokens
+            body["seed"] = secrets.randbits(_SEED_BITS)
         if messages is not None:
             body["messages"] = list(messages)
         else:
@@ -316,7 +319,7 @@ class _Follower:
     def _may_pass(self, code: str | None) -> bool:
         """Whether another gateway, or the same one later, may say something else."""
         if code != "stream_not_found":
-            return code in _PASSING
+            return code in _PASSING or code == "id_in_use"  # it began a moment ago, elsewhere
         now_s = asyncio.get_running_loop().time()
         self._unknown_since_s = now_s if self._unknown_since_s is None else self._unknown_since_s
         return now_s - self._unknown_since_s < _UNKNOWN_S

@@ -2,11 +2,24 @@
 
 import asyncio
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from pagebus.bus.messages import ApiTokens
+from pagebus.bus import subjects
+from pagebus.bus.memory import MemoryBroker
+from pagebus.bus.messages import (
+    AnyApiEvent,
+    ApiAlive,
+    ApiDone,
+    ApiError,
+    ApiErrorBody,
+    ApiTokens,
+    ApiUsage,
+)
+from pagebus.bus.protocol import Msg
 from pagebus.client import Client, GenerationError
 from tests.support.fake_server import token
 from tests.support.gateway import MODEL
@@ -139,6 +152,87 @@ async def test_a_request_whose_answer_is_lost_begins_once(tmp_path: Path) -> Non
         await asyncio.wait_for(reader.run(max_tokens=400), 15)
         reader.assert_exact(400)
         assert len(built.server.generates) == 1
+
+
+class LosingRequests:
+    """Loses the first of a client's requests on its way to a gateway."""
+
+    def __init__(self, num_lost: int = 1) -> None:
+        self.num_left = num_lost
+
+    def delays_s(self, subject: str, sender: str, receiver: str) -> tuple[float, ...]:
+        is_lost = subject == subjects.api_generate(MODEL) and self.num_left > 0
+        self.num_left -= is_lost
+        return () if is_lost else (0.0,)
+
+
+@pytest.mark.parametrize(("delay_s", "names"), [(0.0, ("one", "two")), (2.0, ("one",))])
+async def test_a_lost_request_begins_though_the_store_is_away(
+    tmp_path: Path, delay_s: float, names: Sequence[str]
+) -> None:
+    async with house(tmp_path, *names) as built:
+        built.store.is_available, built.store.delay_s = False, delay_s
+        built.broker.faults = LosingRequests()
+        reader = Reader(built)
+        async with asyncio.timeout(4):
+            await reader.run(max_tokens=100)
+        reader.assert_exact(100)
+        assert len(built.server.generates) == 1
+
+
+async def test_without_a_seed_a_request_waits_for_the_store(tmp_path: Path) -> None:
+    """It may run somewhere, and would make other tokens here."""
+    async with house(tmp_path, "one") as built:
+        bus = built.broker.connect("raw")
+        subject = subjects.api_generate(MODEL)
+
+        async def joined(**fields: object) -> AnyApiEvent:
+            body = {"id": "mine", "prompt": [65], "max_tokens": 4, "have": [0], **fields}
+            answer = await bus.request(subject, msgspec.json.encode(body), timeout_s=5)
+            return msgspec.json.decode(answer.data, type=AnyApiEvent)
+
+        built.store.is_available = False
+        for event in (await joined(), await joined(seed=None), await joined(seed=1, have=[1])):
+            assert isinstance(event, ApiError)
+            assert event.error.code == "not_ready"
+        assert isinstance(await joined(seed=1), ApiAlive)
+        built.store.is_available = True
+        assert len(built.server.generates) == 1
+
+
+async def test_a_request_that_began_while_its_reader_asked(tmp_path: Path) -> None:
+    """Two gateways are asked to begin it, and the second one finds the first one's record."""
+    broker = MemoryBroker()
+    gateway = broker.connect("gateway")
+    asked: list[dict[str, object]] = []
+
+    async def answer(msg: Msg) -> None:
+        asked.append(msgspec.json.decode(msg.data))
+        if len(asked) == 1:
+            return  # the answer is lost
+        taken: AnyApiEvent = ApiAlive(id="mine")
+        if len(asked) == 2:
+            error = ApiErrorBody(message="request mine is running already", type="", code="id_in_use")
+            taken = ApiError(id="mine", error=error)
+        await gateway.publish(msg.reply, msgspec.json.encode(taken))
+        if len(asked) == 3:
+            events = (
+                ApiTokens(id="mine", choice=0, index=0, token_ids=[65], text="A", finish_reason="length"),
+                ApiDone(id="mine", usage=ApiUsage(prompt_tokens=2, completion_tokens=1, total_tokens=3)),
+            )
+            for event in events:
+                await gateway.publish(subjects.stream("mine"), msgspec.json.encode(event))
+
+    tasks: list[asyncio.Task[None]] = []
+    await gateway.subscribe(
+        subjects.api_generate(MODEL), lambda msg: tasks.append(asyncio.create_task(answer(msg)))
+    )
+    client = Client(broker.connect("client"), MODEL)
+    async with asyncio.timeout(5):
+        events = [event async for event in client.generate([65, 66], request_id="mine")]
+    assert [event.text for event in events] == ["A"]
+    assert [request.get("have") for request in asked] == [None, [0], [0]]
+    assert len({request["seed"] for request in asked}) == 1
 
 
 async def test_an_id_is_in_use_everywhere_until_it_ended(tmp_path: Path) -> None:

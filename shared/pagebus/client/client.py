@@ -237,6 +237,10 @@ class _Follower:
             raise _error(f"nobody serves the model {model} on this bus", "no_gateway") from None
         except (RequestTimeoutError, NotConnectedError):
             self.doubt()  # its gateway may have died with it, or taken it: either is found out
+        except GenerationError as error:
+            if self._joining is None or error.error.code != "id_in_use":
+                raise
+            self.doubt()  # the connection was doubted meanwhile, and the request began elsewhere
 
     async def events(self) -> AsyncIterator[ApiTokens]:
         """The tokens until the end, each once; raises `GenerationError`."""

@@ -349,7 +349,8 @@ class RequestState:
             self._ask_soon(now_s)
 
     def on_reconnect(self, now_s: float) -> None:
-        """The owner was cut off: anything may have been lost."""
+        """The owner was cut off: anything may have been lost, which says nothing of who was asked."""
+        self._num_failures = 0
         if self._was_asked:
             self._ask_soon(now_s)
 

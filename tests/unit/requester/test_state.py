@@ -157,7 +157,7 @@ def test_what_is_not_acknowledged_is_sent_again_with_growing_patience():
         now_s = state.due_s
         times.append(now_s)
         state.ask(now_s)
-    assert times == [1.0, 3.0, 5.0, 7.0, 9.0]
+    assert times == [0.5, 1.5, 3.5, 5.5, 7.5]
 
 
 def test_silence_and_signs():
@@ -221,7 +221,7 @@ def test_a_final_failure_and_a_rejection_end_it():
 def test_a_new_leader_makes_it_ask_again():
     state = asked()
     state.on_leader(5, 0.1)
-    assert state.due_s == 1.0  # who takes it is not known yet
+    assert state.due_s == 0.5  # who takes it is not known yet
     state.on_accepted(accepted(epoch=5), 0.2)
     state.on_leader(5, 0.3)
     assert state.due_s == 20.2
@@ -242,6 +242,16 @@ def test_a_reconnect_makes_it_ask_again():
     state.on_accepted(accepted(), 0.2)
     state.on_reconnect(3.0)
     assert state.due_s == 3.0
+
+
+def test_what_was_asked_for_by_a_reconnect_is_lost_as_well():
+    """The patience that grew while nobody answered is the one for who is slow, not for who was cut off."""
+    state = asked()
+    for _ in range(4):
+        state.ask(state.due_s)
+    state.on_reconnect(6.0)
+    state.ask(6.0)
+    assert state.due_s == 6.5
 
 
 def test_the_deadline():

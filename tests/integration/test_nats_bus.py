@@ -220,6 +220,25 @@ async def test_an_answer_under_way_fails_with_the_connection(server, buses):
         await asyncio.wait_for(asked, 5)
 
 
+async def test_a_subscription_under_way_does_not_wait_for_a_connection_that_broke(server, buses):
+    bus, other = buses
+    got: list[Msg] = []
+    os.kill(server.pid, signal.SIGSTOP)
+    subscribing = asyncio.ensure_future(bus.subscribe("pagebus.a", got.append))
+    await asyncio.sleep(0.1)
+    assert not subscribing.done()
+    os.kill(server.pid, signal.SIGKILL)
+    began_s = time.monotonic()
+    await asyncio.wait_for(subscribing, 5)
+    assert time.monotonic() - began_s < 1.0  # of the two seconds that the server may take for it
+    assert bus.counters["flush_timeouts"] == 1
+    await server.wait()
+    await server.start()
+    await eventually(lambda: bus.is_connected and other.is_connected)
+    await other.publish("pagebus.a", b"new")
+    await eventually(lambda: got)
+
+
 async def test_a_bucket_that_the_server_lost_is_made_again(server, buses, tmp_path):
     bucket = await buses[0].key_value("pagebus")
     await bucket.put("k", b"1")

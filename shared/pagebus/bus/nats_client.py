@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping
 
+from nats import errors
 from nats.aio.client import Client, Srv
 from nats.aio.subscription import Subscription as NatsSubscription
 from nats.aio.transport import TcpTransport
@@ -226,6 +227,11 @@ class GuardedClient(Client):
         self.options["reconnect_time_wait"] = random.uniform(*_RECONNECT_WAIT_S)  # noqa: S311
         self._ps.reset()
         self.abort()
+        for waiting in self._pongs:  # nats-py lets them wait for their whole time
+            if not waiting.done():
+                waiting.set_exception(errors.StaleConnectionError())
+                waiting.exception()  # nobody waits for those of the regular pings
+        self._pongs = []
         random.shuffle(self._server_pool)
         self._server_pool.sort(key=lambda server: server is self._current_server)  # the lost one last
         await super()._attempt_reconnect()

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import uvloop
 from nats import errors
 
 from pagebus.bus.nats_bus import NatsBus
@@ -208,6 +209,44 @@ async def test_a_killed_server_comes_back(server, buses):
     assert [message.data for message in got] == [b"new"]  # nothing was kept and sent late
     entry = await bucket.get("k")
     assert entry == (b"kept", revision)
+
+
+def test_no_other_error_while_a_connection_breaks_under_uvloop(tmp_path):
+    """Whoever publishes then must not die of it: between the socket's end and the read loop's word of it."""
+
+    async def publish_on(bus: NatsBus, is_batch: bool) -> None:
+        while True:
+            try:
+                await bus.publish("pagebus.a", b"x")
+                if is_batch:
+                    bus.publish_now("pagebus.a", b"y")
+            except NotConnectedError:
+                if not bus.is_connected:
+                    return
+            await asyncio.sleep(0)
+
+    async def kill_it_often() -> None:
+        unseen: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: unseen.append(context))
+        async with open_server(tmp_path) as server:
+            buses = [await NatsBus.connect(server.url("client"), name=f"g{number}") for number in range(4)]
+            for round_number in range(5):
+                publishing = [
+                    asyncio.create_task(publish_on(bus, number % 2 == 0)) for number, bus in enumerate(buses)
+                ]
+                subscribing = asyncio.create_task(buses[0].subscribe("pagebus.b", print))
+                await asyncio.sleep(0.05 if round_number else 0)
+                os.kill(server.pid, signal.SIGKILL)
+                await asyncio.wait_for(asyncio.gather(*publishing, subscribing), 10)
+                await server.wait()
+                await server.start()
+                await eventually(lambda: all(bus.is_connected for bus in buses))
+            for bus in buses:
+                await bus.close()
+        assert not unseen
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(kill_it_often())
 
 
 async def test_an_answer_under_way_fails_with_the_connection(server, buses):

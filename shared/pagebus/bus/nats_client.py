@@ -6,6 +6,7 @@ here are listed in README.md of this folder, each with its test.
 """
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections import Counter
@@ -75,7 +76,7 @@ class GuardedClient(Client):
             self._pending.append(frame)
             self._pending_data_size += len(frame)
         else:
-            self._transport.write(frame)
+            self._write(frame)
         if not self._is_flush_due:
             self._is_flush_due = True
             asyncio.get_running_loop().call_soon(self._write_pending)
@@ -88,14 +89,30 @@ class GuardedClient(Client):
     async def round_trip(self, timeout_s: int) -> None:
         """Wait until the server has taken all that was sent; raises nats-py's `errors.Error`."""
         self._write_pending()  # `flush` writes its PING past what waits
-        await self.flush(timeout=timeout_s)
+        try:
+            await self.flush(timeout=timeout_s)
+        except RuntimeError as error:  # as in `_write`
+            raise errors.StaleConnectionError from error
 
     def _write_pending(self) -> None:
         self._is_flush_due = False
         if not self._pending or not self.is_connected or self._transport is None:
             return
         frames, self._pending, self._pending_data_size = self._pending, [], 0
-        self._transport.write(frames[0] if len(frames) == 1 else b"".join(frames))
+        with contextlib.suppress(
+            NotConnectedError
+        ):  # lost, as all that is under way when a connection breaks
+            self._write(frames[0] if len(frames) == 1 else b"".join(frames))
+
+    def _write(self, data: bytes) -> None:
+        """Raises `NotConnectedError` where the socket is closed already and the read loop is about to hear of
+        it: uvloop's own error for that is a `RuntimeError`."""
+        if self._transport is None:
+            raise NotConnectedError("the bus is not connected")
+        try:
+            self._transport.write(data)
+        except RuntimeError as error:
+            raise NotConnectedError("the bus is not connected any more") from error
 
     def _num_unsent_bytes(self) -> int:
         if not isinstance(self._transport, TcpTransport) or self._transport._io_writer is None:

@@ -1,5 +1,6 @@
 """Listeners on the bus that count what must not be obeyed: stale rows, late plans. They change nothing."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -11,7 +12,7 @@ from pagebus.bus.protocol import Msg
 from tests.chaos.bed import MODEL, Bed
 
 
-class _Tap:
+class _Tap(ABC):
     def __init__(self, bed: Bed, roles: tuple[str, ...]) -> None:
         self._bed = bed
         self._roles = roles
@@ -32,8 +33,9 @@ class _Tap:
         for bus in self._buses:
             await bus.close()
 
+    @abstractmethod
     async def _listen(self) -> None:
-        raise NotImplementedError
+        """Subscribe to what is counted."""
 
 
 class StaleTap(_Tap):

@@ -99,9 +99,7 @@ class GuardedClient(Client):
         if not self._pending or not self.is_connected or self._transport is None:
             return
         frames, self._pending, self._pending_data_size = self._pending, [], 0
-        with contextlib.suppress(
-            NotConnectedError
-        ):  # lost, as all that is under way when a connection breaks
+        with contextlib.suppress(NotConnectedError):  # lost with the connection
             self._write(frames[0] if len(frames) == 1 else b"".join(frames))
 
     def _write(self, data: bytes) -> None:

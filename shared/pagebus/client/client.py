@@ -122,8 +122,9 @@ class Client:
         max_tokens, temperature, top_p, top_k, stop, seed, n, ignore_eos, logit_bias, logprobs,
         prompt_logprobs, ... (an event's `logprobs` are those of its tokens; `prompt_logprobs` come first, in
         events without tokens). A gateway that dies is only a pause: the request is joined again, and every
-        token comes once. Raises `GenerationError` for an error, also when nobody serves the model or no sign
-        of life came for too long. Leaving the loop cancels.
+        token comes once; for that it has a seed, drawn here where you give none. Raises `GenerationError` for
+        an error, also when nobody serves the model or no sign of life came for too long. Leaving the loop
+        cancels.
         """
         identity = request_id or secrets.token_hex(16)
         body: dict[str, object] = {"id": identity, **parameters}
